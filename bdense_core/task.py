@@ -1,0 +1,72 @@
+"""One distillation as plain values: what to run, how to score it, and what it says on the way. No torch here."""
+
+from dataclasses import dataclass
+
+from bdense_core.files import HashedFile
+from bdense_core.protocol import UINT8, Protocol
+from bdense_core.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """How a student is scored: the protocol of a Fréchet distance, and the seed of its samples."""
+
+    features_name: str
+    features: HashedFile
+    reference: HashedFile
+    n_samples: int
+    seed: int
+    batch: int
+
+    @property
+    def protocol(self) -> Protocol:
+        """What the values may be compared with."""
+        return Protocol(
+            features=self.features_name,
+            features_sha256=self.features.sha256,
+            image_preparation=UINT8,
+            reference_sha256=self.reference.sha256,
+            n_samples=self.n_samples,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One distillation, resolved: all that its result depends on, and where the machine keeps things."""
+
+    weights: Weights
+    seed: int
+    every_kimg: int
+    teacher: HashedFile | None
+    evaluation: Evaluation | None
+    cache_root: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """A sign of life: the student has seen `kimg` thousand images; `done` of 1.0 of the run is behind it."""
+
+    kimg: float
+    done: float
+    phase: str
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """The metric's value after `kimg` thousand images; lower is better. The last one is the result."""
+
+    kimg: int
+    value: float
+    done: float
+    by_seed: tuple[tuple[int, float], ...] = ()
+
+
+Event = Progress | Score
+
+
+def report_steps(budget_kimg: float, every_kimg: int) -> tuple[int, ...]:
+    """The strictly increasing kimg at which a run is scored; the last is the budget, rounded up."""
+    end = max(1, -(-round(budget_kimg * 1000) // 1000))
+    return (*range(every_kimg, end, every_kimg), end)
