@@ -1,0 +1,145 @@
+"""Denoisers: a U-Net in its preconditioning, D(x; sigma) of Karras et al., arXiv 2206.00364, eq. 7.
+
+The one door to networks. `NetworkConfig` says what to build, `build` builds it, and a `Denoiser`
+answers with the last branch or with all of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bdense_core.errors import BadValue, ShapeMismatch
+from bdense_core.network_config import VP_BETA_D, VP_BETA_MIN, VP_STEPS, NetworkConfig, Preconditioning
+from bdense_core.unets import DhariwalUNet, SongUNet, UNet
+
+__all__ = ["Coefficients", "Denoiser", "NetworkConfig", "Preconditioning", "build", "coefficients"]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """c_skip, c_out, c_in and c_noise of D = c_skip x + c_out F(c_in x; c_noise), each shaped like sigma."""
+
+    skip: Tensor
+    out: Tensor
+    scale: Tensor
+    noise: Tensor
+
+
+def coefficients(preconditioning: Preconditioning, sigma: Tensor, *, sigma_data: float = 0.5) -> Coefficients:
+    """The preconditioning of table 1 of arXiv 2206.00364 at noise levels `sigma`."""
+    one = torch.ones_like(sigma)
+    if preconditioning == "vp":
+        root = (VP_BETA_MIN**2 + 2 * VP_BETA_D * (1 + sigma**2).log()).sqrt()
+        time = (root - VP_BETA_MIN) / VP_BETA_D
+        return Coefficients(one, -sigma, 1 / (sigma**2 + 1).sqrt(), (VP_STEPS - 1) * time)
+    if preconditioning == "ve":
+        return Coefficients(one, sigma, one, (0.5 * sigma).log())
+    total = sigma**2 + sigma_data**2
+    return Coefficients(sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4)
+
+
+class Denoiser(nn.Module):
+    """D(x; sigma): the U-Net `model` in its preconditioning (arXiv 2206.00364, eq. 7).
+
+    Wherever they occur below: `x` is noisy images [B, C, H, W]; `sigma` their noise level, one number
+    or [B]; `class_labels` one-hot rows [B, label_dim], zeros if left out; `augment_labels`
+    [B, augment_dim]. All raise `ShapeMismatch` for a tensor of another shape and `BadValue` for a
+    label this network cannot read. The coefficients are computed in at least float32, the U-Net runs
+    in the type of its parameters.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model: UNet = SongUNet(config) if config.architecture == "song" else DhariwalUNet(config)
+
+    @property
+    def head_name(self) -> str:
+        """Module path of the convolution whose output channels are K groups of C."""
+        return f"model.{self.model.head_name}"
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The denoised images of the last branch, which alone samples, [B, C, H, W]."""
+        return self.branches(x, sigma, class_labels, augment_labels)[:, -1]
+
+    def branches(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The denoised images of every branch, [B, K, C, H, W]; c_skip x is common to all."""
+        raw = self.raw(x, sigma, class_labels, augment_labels)
+        x, at = self._prepare(x, sigma)
+        groups = raw.reshape(len(x), self.config.num_branches, *x.shape[1:])  # [B, K, C, H, W]
+        return (at.skip[:, None, None, None] * x)[:, None] + at.out[:, None, None, None, None] * groups
+
+    def raw(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The output F of the U-Net, [B, K * C, H, W]."""
+        x, at = self._prepare(x, sigma)
+        dtype = self.model.get_parameter(f"{self.model.head_name}.weight").dtype
+        labels = self._row("class_labels", class_labels, self.config.label_dim, x)
+        if labels is None and self.config.label_dim:
+            labels = x.new_zeros(len(x), self.config.label_dim)
+        augment = self._row("augment_labels", augment_labels, self.config.augment_dim, x)
+        raw: Tensor = self.model(
+            (at.scale[:, None, None, None] * x).to(dtype),
+            at.noise.expand(len(x)),
+            None if labels is None else labels.to(dtype),
+            None if augment is None else augment.to(dtype),
+        )
+        return raw.to(x.dtype)
+
+    def c_noise(self, sigma: Tensor | float) -> Tensor:
+        """The noise level as the U-Net is told it, [B], or [1] for a single number."""
+        sigma = torch.as_tensor(sigma)
+        sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32)).reshape(-1)
+        return self._coefficients(sigma).noise
+
+    def _coefficients(self, sigma: Tensor) -> Coefficients:
+        return coefficients(self.config.preconditioning, sigma, sigma_data=self.config.sigma_data)
+
+    def _prepare(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Coefficients]:
+        """Checks the shapes; `x` in at least float32 and the coefficients as [B] or [1]."""
+        side = self.config.img_resolution
+        wanted = (self.config.img_channels, side, side)
+        if x.dim() != 4 or x.shape[1:] != wanted:
+            raise ShapeMismatch(
+                f"x is {list(x.shape)}, but this network denoises [B, {', '.join(map(str, wanted))}]; "
+                "pass images of its channels and resolution"
+            )
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        if sigma.dim() > 1 or sigma.numel() not in (1, len(x)):
+            raise ShapeMismatch(f"sigma is {list(sigma.shape)} for {len(x)} images; pass one number or one per image")
+        return x, self._coefficients(sigma.reshape(-1))
+
+    def _row(self, name: str, labels: Tensor | None, width: int, x: Tensor) -> Tensor | None:
+        if labels is None:
+            return None
+        if width == 0:
+            raise BadValue(f"{name} were given to a network without them; pass None")
+        if labels.shape != (len(x), width):
+            raise ShapeMismatch(
+                f"{name} are {list(labels.shape)}, but {len(x)} images of this network need {[len(x), width]}"
+            )
+        return labels.to(x.device)
+
+
+def build(config: NetworkConfig) -> Denoiser:
+    """A freshly initialised network; randomness comes from torch's global generator."""
+    return Denoiser(config)
