@@ -1,0 +1,36 @@
+"""The one entry: a method, a task and its repeats; out come signs of life and scores."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from bdense_core.methods.base import Method
+from bdense_core.task import Event, Progress, Score, Task
+
+
+def distill(method: Method, task: Task, repeats: tuple[int, ...] = ()) -> Iterator[Event]:
+    """Run a task on its own seed, and then on further training seeds.
+
+    Scores follow the run of `task.seed`, so trials stay paired whatever their repeats; the last score carries
+    the results of all seeds. A repeat is scored once, at its end.
+
+    Raises:
+        BDenseError: see `Method.run`.
+    """
+    runs = 1 + len(repeats)
+    result: Score | None = None
+    for event in method.run(task):
+        if isinstance(event, Score) and event.done >= 1:
+            result = event
+        if result is None or not repeats:
+            yield dataclasses.replace(event, done=event.done / runs)
+    assert result is not None, "a method's last event is its score at the whole budget"
+    if not repeats:
+        return
+    by_seed = {task.seed: result.value}
+    for index, seed in enumerate(repeats, start=1):
+        for event in method.run(dataclasses.replace(task, seed=seed, every_kimg=10**9)):
+            if isinstance(event, Score):
+                by_seed[seed] = event.value
+            phase = f"seed {seed}"
+            yield Progress(kimg=event.kimg, done=min((index + event.done) / runs, 0.999), phase=phase)
+    yield Score(kimg=result.kimg, value=result.value, done=1.0, by_seed=tuple(by_seed.items()))

@@ -1,0 +1,1 @@
+"""The training loops behind the methods; these need torch."""

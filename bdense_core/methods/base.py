@@ -1,0 +1,46 @@
+"""What every distillation method fulfils. No torch here: the service reads it.
+
+All methods are: frozen teacher -> non-negative weights on named loss terms -> student -> sampler -> distance.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from bdense_core.task import Event, Task
+from bdense_core.weights import Weights
+
+
+class Method(Protocol):
+    """A distillation method: a frozen dataclass with the settings a study file may give."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms that weights apply to; the last is the primary one."""
+
+    @property
+    def target_space(self) -> str:
+        """The space of the losses: "state", "x", "v" or "eps". Weights do not transfer between spaces."""
+
+    @property
+    def nfe(self) -> int:
+        """Network calls for each generated image."""
+
+    @property
+    def budget_kimg(self) -> float:
+        """Thousands of images that the student sees."""
+
+    def controls(self) -> dict[str, Weights]:
+        """Weights that every study runs beside its search, by name."""
+
+    def forward_units(self) -> tuple[float, float]:
+        """Network evaluations for each image, (teacher's, student's); a backward pass counts as two."""
+
+    def run(self, task: Task) -> Iterator[Event]:
+        """Distil one student and score it as it trains; the last event is a `Score` at the whole budget.
+
+        Raises:
+            BDenseError: a damaged file, a diverging loss, or too few samples.
+        """

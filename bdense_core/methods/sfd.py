@@ -1,0 +1,96 @@
+"""SFD (arXiv 2409.19681) and its dense form B-DENSE (arXiv 2602.15971): settings, controls and cost.
+
+The loop itself is in `bdense_core/loops/sfd.py`, so that reading a study file needs no torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bdense_core.errors import BadValue
+from bdense_core.task import Event, Task
+from bdense_core.weights import PAPER_BEST, Weights, endpoint_only, log_linear, uniform
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SFD:
+    """Defaults are the authors' for CIFAR-10 at NFE 2 (spec/methods.md 1.2; found in their public code)."""
+
+    kind: Literal["sfd"] = "sfd"
+    nfe: int = 2
+    num_branches: int = 4
+    """K: one branch for each teacher step within a student interval (the authors' M + 1)."""
+    teacher_steps: int | None = None
+    """Teacher steps between two student times; K must divide it. Default: K."""
+    lr: float = 5e-5
+    lr_drop_at: float = 0.5
+    """Share of the budget after which the learning rate falls to a tenth."""
+    batch: int = 128
+    budget_kimg: float = 200.0
+    sigma_min: float = 0.006
+    """Not EDM's 0.002."""
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    solver: Literal["dpmpp"] = "dpmpp"
+    solver_order: int = 3
+
+    def __post_init__(self) -> None:
+        positive = {
+            "nfe": self.nfe, "num_branches": self.num_branches, "lr": self.lr, "batch": self.batch,
+            "budget_kimg": self.budget_kimg, "sigma_min": self.sigma_min, "rho": self.rho,
+        }  # fmt: skip
+        for name, value in positive.items():
+            if not value > 0:
+                raise BadValue(f"method.{name} must be positive, got {value}")
+        if self.sigma_max <= self.sigma_min:
+            raise BadValue(f"method.sigma_max ({self.sigma_max}) must exceed method.sigma_min ({self.sigma_min})")
+        if not 1 <= self.solver_order <= 3:
+            raise BadValue(f"method.solver_order must be 1, 2 or 3, got {self.solver_order}")
+        if not 0 < self.lr_drop_at <= 1:
+            raise BadValue(f"method.lr_drop_at must lie in (0, 1], got {self.lr_drop_at}")
+        if self.steps_per_interval < 1 or self.steps_per_interval % self.num_branches:
+            raise BadValue(
+                f"method.num_branches ({self.num_branches}) does not divide the teacher's grid of "
+                f"{self.steps_per_interval} steps per interval; choose a divisor, or another method.teacher_steps"
+            )
+
+    @property
+    def steps_per_interval(self) -> int:
+        """Teacher steps between two student times."""
+        return self.num_branches if self.teacher_steps is None else self.teacher_steps
+
+    @property
+    def num_steps(self) -> int:
+        """Points of the student's grid. The analytic first step makes the first interval free: NFE + 2."""
+        return self.nfe + 2
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return tuple(f"branch.{k + 1}" for k in range(self.num_branches))
+
+    @property
+    def target_space(self) -> str:
+        return "state"
+
+    @property
+    def num_iterations(self) -> int:
+        """Batches in the budget, the last one whole."""
+        return -(-round(self.budget_kimg * 1000) // self.batch)
+
+    def controls(self) -> dict[str, Weights]:
+        """Plain SFD, equal weights, and the first row of the paper's Table 4."""
+        k = self.num_branches
+        return {
+            "endpoint_only": endpoint_only(k),
+            "uniform": uniform(k),
+            "paper": log_linear(*PAPER_BEST, k),
+        }
+
+    def forward_units(self) -> tuple[float, float]:
+        """Per trajectory: every teacher step, and three for each trained interval (spec 1.5)."""
+        return float(self.steps_per_interval * (self.num_steps - 1)), 3.0 * self.nfe
+
+    def run(self, task: Task) -> Iterator[Event]:
+        from bdense_core.loops import sfd
+
+        return sfd.run(self, task)

@@ -1,0 +1,83 @@
+"""A method without networks: its score is a known function of the weights, plus noise of a known size.
+
+For measuring and testing the service itself: the overhead of a trial, the accounting under faults, and what
+a search finds where the truth is known. The score is
+
+    optimum + curvature (p - p*)^2 + noise z(seed, weights),   p = share of the last branch,
+
+approached from above as the run goes on.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+from bdense_core.errors import BadValue
+from bdense_core.task import Event, Progress, Score, Task, report_steps
+from bdense_core.weights import Weights, endpoint_only, shares, uniform
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Synthetic:
+    """Settings of the known function."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    num_branches: int = 4
+    budget_kimg: float = 3.0
+    optimum: float = 4.0
+    best_share: float = 0.75
+    curvature: float = 4.0
+    noise: float = 0.05
+    seconds: float = 0.0
+    """How long a run pretends to work."""
+    fail_above_share: float = 1.1
+    """A run whose last share exceeds this gives a value that is not finite, as a diverging run does."""
+
+    def __post_init__(self) -> None:
+        if self.num_branches < 1 or self.budget_kimg <= 0 or self.seconds < 0 or self.noise < 0:
+            raise BadValue(
+                "method.num_branches and budget_kimg must be positive, method.seconds and noise not negative"
+            )
+
+    @property
+    def nfe(self) -> int:
+        return 0
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return tuple(f"branch.{k + 1}" for k in range(self.num_branches))
+
+    @property
+    def target_space(self) -> str:
+        return "none"
+
+    def controls(self) -> dict[str, Weights]:
+        return {"endpoint_only": endpoint_only(self.num_branches), "uniform": uniform(self.num_branches)}
+
+    def forward_units(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def truth(self, weights: Weights) -> float:
+        """The score without noise."""
+        return self.optimum + self.curvature * (shares(weights)[-1] - self.best_share) ** 2
+
+    def run(self, task: Task) -> Iterator[Event]:
+        text = f"{task.seed}/{shares(task.weights)}".encode()
+        uniform_number = (int.from_bytes(hashlib.sha256(text).digest()[:6], "big") + 0.5) / 2**48
+        result = self.truth(task.weights) + self.noise * NormalDist().inv_cdf(uniform_number)
+        if shares(task.weights)[-1] > self.fail_above_share:
+            result = math.nan
+        steps = report_steps(self.budget_kimg, task.every_kimg)
+        for step in steps:
+            yield from self._work(step, self.seconds / len(steps), steps[-1])
+            yield Score(kimg=step, value=result * (1 + 0.2 * (1 - step / steps[-1])), done=step / steps[-1])
+
+    def _work(self, step: int, seconds: float, end: int) -> Iterator[Event]:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.25))
+            yield Progress(kimg=step, done=step / (end + 1), phase="train")

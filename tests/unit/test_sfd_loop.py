@@ -1,0 +1,377 @@
+"""The invariants of SFD and B-DENSE (spec/methods.md, section 4), on networks of a few thousand weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bdense_core import data
+from bdense_core.branches import freeze, with_branches, without_branches
+from bdense_core.checkpoints import load_network, save_network
+from bdense_core.distill import distill
+from bdense_core.errors import ShapeMismatch, TrainingDiverged
+from bdense_core.evaluation import reference_statistics
+from bdense_core.features import DigitsFeatures, load_features, save_features
+from bdense_core.files import HashedFile
+from bdense_core.frechet import save_statistics
+from bdense_core.loops import sfd
+from bdense_core.methods.sfd import SFD
+from bdense_core.networks import NetworkConfig, build
+from bdense_core.task import Evaluation, Progress, Score, Task
+from bdense_core.weights import endpoint_only, uniform
+
+CONFIG = NetworkConfig.ddpmpp(
+    img_resolution=8,
+    img_channels=1,
+    model_channels=8,
+    channel_mult=[1, 2],
+    num_blocks=1,
+    attn_resolutions=[4],
+    dropout=0.0,
+)
+METHOD = SFD(nfe=2, num_branches=4, lr=1e-3, batch=4, budget_kimg=0.012)
+SHAPE = (1, 8, 8)
+
+
+def network(config=CONFIG, seed=0):
+    """A teacher whose every weight is drawn, so that no layer hides behind its zero start."""
+    torch.manual_seed(seed)
+    denoiser = build(config)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.normal_(0, 0.2)
+    return freeze(denoiser)
+
+
+def train(teacher, method, weights, *, iterations=3, optimizer=None, seed=0, prepare=None):
+    """A student after some iterations, and the unweighted losses [I, J', K]."""
+    student = with_branches(teacher, method.num_branches).requires_grad_(True).train()
+    optimizer = sfd.adam(student, method) if optimizer is None else optimizer(student.parameters())
+    grid, losses = sfd.make_grid(method), []
+    for change in prepare or ():
+        change(student)
+    for iteration in range(iterations):
+        rows = iteration * method.batch, (iteration + 1) * method.batch
+        noise = sfd.latents(seed, *rows, SHAPE)
+        labels = sfd.uniform_labels(seed, *rows, teacher.config.label_dim)
+        targets = sfd.teacher_states(teacher, noise, grid, labels)[:, grid.first_trained :]
+        steps = sfd.train_intervals(
+            student,
+            optimizer,
+            sfd.first_states(noise, grid),
+            targets,
+            weights=torch.tensor(weights),
+            grid=grid,
+            labels=labels,
+        )
+        losses.append(torch.stack([terms for terms, _ in steps]))
+    return student, torch.stack(losses), optimizer
+
+
+def count_calls(denoiser):
+    calls = []
+    denoiser.model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# --- the branches ---------------------------------------------------------------------------------------
+
+
+def test_at_initialisation_every_head_equals_the_teacher():
+    teacher = network()
+    student = with_branches(teacher, 4)
+    x, t = torch.randn(3, *SHAPE), torch.tensor(2.0)
+    branches = student.branches(x, t)
+    assert branches.shape == (3, 4, *SHAPE)
+    for k in range(4):
+        assert torch.equal(branches[:, k], teacher(x, t))
+
+
+def test_endpoint_only_with_four_branches_equals_plain_sfd_bit_for_bit():
+    """K = 1 and auxiliary weights of exactly 0 are the same run, and the idle heads never move."""
+    teacher = network()
+    dense, dense_losses, _ = train(teacher, METHOD, endpoint_only(4))
+    plain, plain_losses, _ = train(teacher, replace(METHOD, num_branches=1, teacher_steps=4), (1.0,))
+    assert torch.equal(dense_losses[..., -1], plain_losses[..., 0])
+    state, expected = without_branches(dense).state_dict(), plain.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+    assert not torch.equal(expected[f"{plain.head_name}.weight"], teacher.get_parameter(f"{plain.head_name}.weight"))
+    for kind in ("weight", "bias"):
+        taught = teacher.get_parameter(f"{teacher.head_name}.{kind}")
+        for group in dense.get_parameter(f"{dense.head_name}.{kind}").split(1)[:-1]:
+            assert torch.equal(group, taught)
+
+
+def test_a_branch_moves_only_if_its_weight_is_positive():
+    teacher = network()
+    student, _, _ = train(teacher, METHOD, (0.0, 0.5, 0.0, 1.0))
+    taught = teacher.get_parameter(f"{teacher.head_name}.weight")
+    groups = student.get_parameter(f"{student.head_name}.weight").split(1)
+    assert [torch.equal(group, taught) for group in groups] == [True, False, True, False]
+
+
+def test_gradients_that_are_not_finite_are_repaired_as_the_authors_do():
+    """NaN counts as 0 and infinity as 1e5: the first stays where it was, the second makes one Adam step."""
+
+    def spoil(student):
+        student.get_parameter("model.map_layer0.bias").register_hook(lambda g: g * float("nan"))
+        student.get_parameter("model.map_layer1.bias").register_hook(lambda g: g.abs() / 0)
+
+    teacher, method = network(), replace(METHOD, nfe=1)
+    student, _, _ = train(teacher, method, uniform(4), iterations=1, prepare=[spoil])
+    moved = {n: student.get_parameter(n) - teacher.get_parameter(n) for n in dict(teacher.named_parameters())}
+    assert not moved["model.map_layer0.bias"].any()
+    assert torch.allclose(moved["model.map_layer1.bias"], torch.tensor(-method.lr), rtol=1e-3)
+
+
+def test_a_common_factor_of_the_weights_cancels_in_adam():
+    """A power of 2 scales gradients without rounding; with an eps far below them nothing else is left."""
+    weights = (0.1, 0.2, 0.3, 0.4)
+
+    def optimizer(parameters):
+        return torch.optim.Adam(parameters, lr=METHOD.lr, eps=1e-30)
+
+    one, _, _ = train(network(), METHOD, weights, optimizer=optimizer)
+    other, _, _ = train(network(), METHOD, tuple(64 * w for w in weights), optimizer=optimizer)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_a_common_factor_leaves_a_run_with_the_shipped_optimizer_to_its_eps():
+    """eps 1e-8 damps the entries whose gradients are near it, here in the attention, and nothing else.
+
+    Measured: 64 times the weights change 1.6% of the move; 3% is allowed. Other shares change far more.
+    """
+    teacher, weights = network(), (0.1, 0.2, 0.3, 0.4)
+    runs = [weights, tuple(64 * w for w in weights), weights[::-1]]
+    one, scaled, other = (flat(train(teacher, METHOD, w)[0]) for w in runs)
+    move = (one - flat(with_branches(teacher, 4))).norm()
+    assert (one - scaled).norm() < 0.03 * move
+    assert (one - other).norm() > 0.3 * move
+
+
+def flat(student):
+    return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+
+def test_students_and_targets_of_another_number_of_branches_are_refused():
+    with pytest.raises(ShapeMismatch, match=r"\[2, 4, 1, 8, 8\].*\[2, 3, 1, 8, 8\]"):
+        sfd.branch_losses(torch.zeros(2, 4, *SHAPE), torch.zeros(2, 3, *SHAPE))
+
+
+# --- grids and the analytic first step ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3, 5])
+def test_sampling_calls_the_network_exactly_nfe_times(nfe):
+    student = network()
+    calls = count_calls(student)
+    sfd.sample(student, torch.randn(2, *SHAPE), sfd.make_grid(replace(METHOD, nfe=nfe)))
+    assert len(calls) == nfe
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3])
+def test_the_analytic_first_step_costs_no_call_and_trains_nothing(nfe):
+    teacher, method = network(), replace(METHOD, nfe=nfe)
+    calls = count_calls(teacher)
+    student, losses, optimizer = train(teacher, method, uniform(4), iterations=1)
+    assert len(calls) == 4 * (nfe + 1)  # the teacher walks all intervals
+    assert losses.shape == (1, nfe, 4)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {nfe}
+    trained = count_calls(student)
+    grid = sfd.make_grid(method)
+    noise = torch.randn(2, *SHAPE)
+    x = sfd.first_states(noise, grid)
+    assert trained == []
+    # By hand: x + (t1 - t0) x / sqrt(1 + t0^2) with x = 80 z.
+    factor = 80 + (float(grid.student[1]) - 80) * 80 / (1 + 80**2) ** 0.5
+    assert torch.allclose(x, factor * noise, rtol=1e-5)
+
+
+def test_training_begins_where_sampling_arrives_after_its_analytic_step():
+    """One interval after the analytic step: the sampler's image is the student's endpoint, up to rounding."""
+    student, grid = network(), sfd.make_grid(replace(METHOD, nfe=1))
+    noise = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        states = sfd.branch_states(student, sfd.first_states(noise, grid), grid.student[1], grid.inner[1, -1:])
+    # States near 40 are divided by t and multiplied again: some units in their last place, 4e-6 each.
+    assert torch.allclose(states[:, -1], sfd.sample(student, noise, grid), atol=5e-5)
+
+
+@pytest.mark.parametrize(("num_branches", "teacher_steps"), [(1, 1), (1, 4), (2, 4), (4, 4), (3, 6)])
+def test_every_branch_has_its_own_time_and_the_last_the_students(num_branches, teacher_steps):
+    grid = sfd.make_grid(replace(METHOD, num_branches=num_branches, teacher_steps=teacher_steps))
+    stride = teacher_steps // num_branches
+    assert grid.inner.shape == (3, num_branches)
+    assert grid.inner.flatten().tolist() == grid.teacher[stride::stride].tolist()
+    assert grid.inner[:, -1].tolist() == grid.student[1:].tolist()
+
+
+def test_without_the_analytic_step_the_first_interval_trains():
+    grid = sfd.make_grid(METHOD, num_steps=3, afs=False)
+    noise = torch.randn(2, *SHAPE)
+    assert (grid.first_trained, grid.num_intervals) == (0, 2)
+    assert torch.equal(sfd.first_states(noise, grid), 80.0 * noise)
+    student = network()
+    calls = count_calls(student)
+    sfd.sample(student, noise, grid)
+    assert len(calls) == 2
+
+
+# --- noise and labels -----------------------------------------------------------------------------------
+
+RANGES = [(0, 1), (5, 9), (1000, 1030), (1023, 1025), (1024, 1025), (2047, 2500), (0, 2500)]
+
+
+@pytest.mark.parametrize(("first", "end"), RANGES)
+def test_rows_of_noise_and_labels_do_not_depend_on_the_range_asked_for(first, end):
+    assert torch.equal(sfd.latents(3, first, end, (2, 3)), sfd.latents(3, 0, 3000, (2, 3))[first:end])
+    labels = sfd.uniform_labels(3, first, end, 5)
+    assert torch.equal(labels, sfd.uniform_labels(3, 0, 3000, 5)[first:end])
+
+
+def test_noise_is_standard_normal_and_labels_are_uniform_and_seeds_differ():
+    noise, labels = sfd.latents(3, 0, 4000, (4, 4)), sfd.uniform_labels(3, 0, 4000, 4)
+    # Four standard errors: 4 / sqrt(64000) for the mean, 4 sqrt(4000 * 3 / 16) for a count.
+    assert abs(float(noise.mean())) < 0.016
+    assert abs(float(noise.std()) - 1) < 0.012
+    assert labels.sum(1).eq(1).all()
+    assert (labels.sum(0) - 1000).abs().max() < 110
+    assert not torch.equal(noise[:1024], noise[1024:2048])
+    assert not torch.equal(noise[:8], sfd.latents(4, 0, 8, (4, 4)))
+    assert sfd.uniform_labels(3, 0, 10, 0) is None
+
+
+def test_the_rate_falls_to_a_tenth_after_half_of_the_budget():
+    """The README's case: 8 iterations of 4 in a budget of 32; iterations 6, 7 and 8 are slow."""
+    method = replace(METHOD, lr=5e-5, batch=4, budget_kimg=0.032)
+    rates = [sfd.learning_rate(method, iteration) for iteration in range(8)]
+    assert rates == [5e-5] * 5 + [5e-5 / 10] * 3
+
+
+# --- whole runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    torch.manual_seed(0)
+    features = save_features(DigitsFeatures(width=8), folder / "features.safetensors", name="digits")
+    path = folder / "reference.safetensors"
+    digest = save_statistics(reference_statistics(data.load("digits")[0], load_features(features)), path)
+    return Evaluation(
+        features_name="digits",
+        features=features,
+        reference=HashedFile(path=str(path), sha256=digest),
+        n_samples=40,
+        seed=5,
+        batch=40,
+    )
+
+
+@pytest.fixture
+def task(tmp_path, evaluation):
+    teacher = save_network(network(replace(CONFIG, dropout=0.2)), tmp_path / "teacher.safetensors")
+    return Task(
+        weights=(0.1, 0.2, 0.3, 0.4),
+        seed=7,
+        every_kimg=1,
+        teacher=teacher,
+        evaluation=evaluation,
+        cache_root=str(tmp_path / "cache"),
+    )
+
+
+def scores(method, task, repeats=()):
+    return [event for event in distill(method, task, repeats) if isinstance(event, Score)]
+
+
+def test_the_same_seed_gives_the_same_score_and_another_seed_another(task, tmp_path):
+    """Dropout included, and whether or not the teacher cache was there before."""
+    first = scores(METHOD, task)
+    torch.rand(11)
+    assert scores(METHOD, task) == first
+    assert scores(METHOD, replace(task, cache_root=str(tmp_path / "empty"))) == first
+    assert scores(METHOD, replace(task, seed=8))[-1].value != first[-1].value
+    assert scores(METHOD, replace(task, weights=uniform(4)))[-1].value != first[-1].value
+
+
+def test_a_student_trains_with_dropout_and_is_scored_without(task, tmp_path):
+    """spec/methods.md 1.5. The teacher's own states are without dropout, whatever its configuration says."""
+    without = save_network(network(), tmp_path / "no-dropout.safetensors")
+    assert scores(METHOD, replace(task, teacher=without)) != scores(METHOD, task)
+    untrained = replace(METHOD, lr=1e-30)
+    assert scores(untrained, replace(task, teacher=without)) == scores(untrained, task)
+
+
+def test_a_whole_endpoint_only_run_scores_exactly_as_plain_sfd(task):
+    dense = scores(METHOD, replace(task, weights=endpoint_only(4)))
+    plain = scores(replace(METHOD, num_branches=1, teacher_steps=4), replace(task, weights=(1.0,)))
+    assert dense == plain
+
+
+def test_a_class_conditional_run_draws_labels(task, tmp_path):
+    config = replace(CONFIG, label_dim=3)
+    teacher = save_network(network(config), tmp_path / "conditional.safetensors")
+    found = scores(METHOD, replace(task, teacher=teacher))
+    assert found == scores(METHOD, replace(task, teacher=teacher))
+    assert len(found) == 1
+
+
+def test_trials_with_other_weights_share_one_cache(task, tmp_path):
+    scores(METHOD, task)
+    folders = list((tmp_path / "cache").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in folders[0].glob("shard-*.safetensors")}
+    assert (len(folders), len(before)) == (1, 1)
+    scores(replace(METHOD, lr=1e-4), replace(task, weights=uniform(4)))
+    assert list((tmp_path / "cache").iterdir()) == folders
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    scores(METHOD, replace(task, seed=8))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_run_ends_with_the_score_of_its_whole_budget_whatever_the_batch(task):
+    """Batches of 1500 pass 1 and then 2 and 3 kimg."""
+    method = replace(METHOD, nfe=1, num_branches=1, batch=1500, budget_kimg=3)
+    found = scores(method, replace(task, weights=(1.0,)))
+    assert [score.kimg for score in found] == [1, 3]
+    assert [score.done for score in found] == [0.5, 1.0]
+
+
+def test_signs_of_life_come_before_the_first_score_and_never_run_backwards(task):
+    events = list(distill(METHOD, task))
+    assert [event.phase for event in events if isinstance(event, Progress)][-1] == "train"
+    done = [event.done for event in events]
+    assert done == sorted(done)
+    assert isinstance(events[-1], Score)
+    assert done[-1] == 1
+    assert all(event.done < 1 for event in events[:-1])
+
+
+def test_a_damaged_teacher_raises_at_once_with_the_place(task, tmp_path):
+    broken = load_network(task.teacher)
+    with torch.no_grad():
+        broken.get_parameter(f"{broken.head_name}.bias")[0] = float("nan")
+    teacher = save_network(broken, tmp_path / "nan.safetensors")
+    with pytest.raises(TrainingDiverged, match=r"interval 1 is not finite at 0\.004 kimg.*none") as caught:
+        scores(METHOD, replace(task, teacher=teacher))
+    assert (caught.value.kimg, caught.value.interval, caught.value.last_finite_loss) == (0.004, 1, None)
+
+
+def test_a_rate_far_too_large_raises_in_the_interval_after_its_first_step(task):
+    with pytest.raises(TrainingDiverged) as caught:
+        scores(replace(METHOD, lr=1e35), task)
+    assert (caught.value.kimg, caught.value.interval) == (0.004, 2)
+    assert caught.value.last_finite_loss > 0
+
+
+def test_repeats_report_every_seed_and_leave_the_trials_own_value_alone(task):
+    alone = scores(METHOD, task)[-1]
+    (repeated,) = scores(METHOD, task, repeats=(8, 9))
+    by_seed = dict(repeated.by_seed)
+    assert list(by_seed) == [7, 8, 9]
+    assert repeated.value == by_seed[7] == alone.value
+    assert by_seed[8] == scores(METHOD, replace(task, seed=8))[-1].value
+    assert len(set(by_seed.values())) == 3
+    assert alone.by_seed == ()
