@@ -1,0 +1,91 @@
+"""The score of a student: a Fréchet distance of generated images to shipped reference statistics.
+
+The noise depends on the evaluation's seed alone, so all trials of a study are scored on the same noise, and
+small differences between them show (spec/fid.md).
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from bdense_core import data, seeds
+from bdense_core.errors import EvaluationError
+from bdense_core.features import FeatureNetwork, load_features
+from bdense_core.frechet import FeatureStatistics, Statistics, frechet_distance, load_statistics
+from bdense_core.task import Evaluation
+
+Sample = Callable[[Tensor, Tensor | None], Tensor]
+"""Images [B, C, H, W] in [-1, 1] from standard normal noise [B, C, H, W] and one-hot labels, if any."""
+
+
+class Metric:
+    """The distance an `Evaluation` describes; `protocol` says what its values may be compared with.
+
+    Raises:
+        CheckpointError: the feature network's file is missing or altered.
+        EvaluationError: the reference is missing, altered, or made with other features; or the metric
+            is not named after its features.
+    """
+
+    def __init__(self, evaluation: Evaluation, device: str = "cpu") -> None:
+        self.evaluation = evaluation
+        self.device = device
+        self._features = load_features(evaluation.features, device)
+        self._reference = load_statistics(Path(evaluation.reference.path), sha256=evaluation.reference.sha256)
+        self.protocol = evaluation.protocol
+        self._check()
+
+    def _check(self) -> None:
+        if self._reference.features != self._features.identity:
+            raise EvaluationError(
+                f"the reference {self.evaluation.reference.path} was made with features "
+                f"{self._reference.features}, but the evaluation uses {self._features.identity}; "
+                "give the reference made with these features"
+            )
+        if self.evaluation.features_name != self._features.name:
+            raise EvaluationError(
+                f"the evaluation calls its features {self.evaluation.features_name!r}, but "
+                f"{self.evaluation.features.path} holds those called {self._features.name!r}; name them so"
+            )
+        if self.evaluation.n_samples < 2 or self.evaluation.batch < 1:
+            raise EvaluationError(
+                f"evaluation.n_samples is {self.evaluation.n_samples} and evaluation.batch "
+                f"{self.evaluation.batch}; give at least 2 images and 1 a batch"
+            )
+
+    def __call__(self, sample: Sample, shape: tuple[int, ...], label_dim: int) -> float:
+        """The distance of `n_samples` images, lower is better.
+
+        Args:
+            shape: of one image, (C, H, W).
+            label_dim: classes of a class-conditional network, drawn uniformly; 0 for none.
+
+        Raises:
+            EvaluationError: images or a distance that are not finite.
+        """
+        settings, seen = self.evaluation, FeatureStatistics(self._features.identity)
+        for first in range(0, settings.n_samples, settings.batch):
+            end = min(first + settings.batch, settings.n_samples)
+            noise = seeds.noise_rows(settings.seed, "evaluation", first, end, shape)
+            labels = seeds.label_rows(settings.seed, "evaluation labels", first, end, label_dim)
+            images = sample(noise.to(self.device), None if labels is None else labels.to(self.device))
+            if not bool(images.isfinite().all()):
+                raise EvaluationError(
+                    f"images {first} to {end - 1} of evaluation seed {settings.seed} are not all finite; "
+                    "the student has diverged: lower method.lr or change the weights"
+                )
+            seen.update(self._features(data.to_uint8(images)))
+        value = frechet_distance(seen.finish(), self._reference)
+        if not math.isfinite(value):
+            raise EvaluationError(f"{settings.protocol.metric} of {settings.n_samples} images is {value}")
+        return value
+
+
+def reference_statistics(images: Tensor, features: FeatureNetwork, *, batch: int = 500) -> Statistics:
+    """Statistics of real images [N, C, H, W] in [-1, 1], marked with the features that made them."""
+    seen = FeatureStatistics(features.identity)
+    for first in range(0, len(images), batch):
+        seen.update(features(data.to_uint8(images[first : first + batch])))
+    return seen.finish()

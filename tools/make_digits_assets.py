@@ -1,0 +1,203 @@
+"""Train the feature network and the teacher of the digits study, and describe what came out.
+
+Writes into `bdense_core/assets/digits`: `features.safetensors`, `reference.safetensors`,
+`teacher.safetensors`, `card.json` (the hashes that loading checks, and the figures) and `CARD.md` (the same
+for people).
+One thread and fixed seeds: on one machine a second run gives the same three files bit for bit.
+
+    python tools/make_digits_assets.py            # five to eight minutes
+    python tools/make_digits_assets.py --check    # retrain elsewhere, compare hashes and figures
+"""
+
+import datetime
+import json
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy
+import sklearn
+import torch
+
+from bdense_core import assets, data
+from bdense_core.branches import freeze
+from bdense_core.checkpoints import load_network, save_network
+from bdense_core.evaluation import Metric, reference_statistics
+from bdense_core.features import FeatureTraining, load_features, save_features, train_features
+from bdense_core.files import HashedFile, canonical_json, write_text_atomically
+from bdense_core.frechet import save_statistics
+from bdense_core.loops import sfd
+from bdense_core.methods.sfd import SFD
+from bdense_core.networks import Denoiser, NetworkConfig
+from bdense_core.pretraining import Pretraining, pretrain
+from bdense_core.protocol import UINT8
+from bdense_core.task import Evaluation
+
+COMMAND = "python tools/make_digits_assets.py"
+FOLDER = Path(assets.__file__).parent / "digits"
+FEATURES = FeatureTraining(seed=0)
+TEACHER = Pretraining(seed=0)
+NETWORK = NetworkConfig.ddpmpp(
+    img_resolution=8,
+    img_channels=1,
+    model_channels=16,
+    channel_mult=(1, 2, 2),
+    channel_mult_emb=2,
+    num_blocks=1,
+    attn_resolutions=(),  # the middle block at 2x2 has attention anyway
+    dropout=0.0,
+)
+N_SAMPLES, EVALUATION_SEED = 2000, 0
+FIGURES_TOLERANCE = 0.15
+"""Largest relative difference on another machine: other CPUs round otherwise, and training amplifies it."""
+
+
+def make(folder: Path, *, keep_teacher: bool = False) -> dict[str, Any]:
+    """Train everything, write the three files into `folder`, return the card."""
+    images, labels = data.load("digits")
+    trained, found = train_features(data.to_uint8(images), labels, FEATURES)
+    features = save_features(trained, folder / "features.safetensors", name="digits")
+    path = folder / "reference.safetensors"
+    reference = HashedFile(
+        path=str(path), sha256=save_statistics(reference_statistics(images, load_features(features)), path)
+    )
+    click.echo(f"features: {found}; now the teacher", err=True)
+    if keep_teacher:
+        teacher = assets.hashed("digits/teacher.safetensors")
+    else:
+        about = {
+            "dataset": "digits",
+            "training": asdict(TEACHER),
+            "command": COMMAND,
+            "weights": "moving average",
+        }
+        network = pretrain(images, labels, NETWORK, TEACHER)
+        teacher = save_network(network, folder / "teacher.safetensors", about)
+    return {
+        "dataset": "scikit-learn's digits: 1797 images of 8x8, test part of UCI's Optical Recognition of "
+        "Handwritten Digits",
+        "command": COMMAND,
+        "files": {Path(f.path).name: _file(f) for f in (features, reference, teacher)},
+        "settings": {
+            "features": asdict(FEATURES), "teacher": asdict(TEACHER), "network": NETWORK.to_dict(),
+            "evaluation": {"n_samples": N_SAMPLES, "seed": EVALUATION_SEED, "preparation": UINT8},
+        },
+        "figures": {
+            "features_accuracy": found.accuracy, "features_rebuild_mse": found.rebuild_mse,
+            **measure(teacher, features, reference),
+        },
+        "made": {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+            "scikit-learn": sklearn.__version__, "machine": f"{platform.machine()}, {_cpu()}, 1 thread",
+        },
+    }  # fmt: skip
+
+
+def measure(
+    teacher_file: HashedFile, features: HashedFile, reference: HashedFile, n_samples: int = N_SAMPLES
+) -> dict[str, float]:
+    """The figures of a teacher: its size, its distance, and that of a student that has learned nothing."""
+    teacher = load_network(teacher_file)
+    freeze(teacher)
+    metric = Metric(
+        Evaluation(
+            features_name="digits", features=features, reference=reference, n_samples=n_samples,
+            seed=EVALUATION_SEED, batch=500,
+        )
+    )  # fmt: skip
+    method = SFD(num_branches=4)
+    grid = sfd.make_grid(method)
+    shape = (NETWORK.img_channels, NETWORK.img_resolution, NETWORK.img_resolution)
+
+    def distance(sample: Any) -> float:
+        return metric(sample, shape, NETWORK.label_dim)
+
+    return {
+        "teacher_parameters": _parameters(teacher),
+        "teacher_12_steps_fd": distance(lambda z, y: sfd.teacher_states(teacher, z, grid, y)[:, -1, -1]),
+        "untrained_student_nfe2_fd": distance(lambda z, y: sfd.sample(teacher, z, grid, y)),
+    }
+
+
+def _parameters(network: Denoiser) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _file(file: HashedFile) -> dict[str, Any]:
+    return {"sha256": file.sha256, "bytes": Path(file.path).stat().st_size}
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def describe(card: dict[str, Any]) -> str:
+    """The card for people, in Markdown."""
+    figures, made = card["figures"], card["made"]
+    files = "\n".join(f"| `{name}` | {f['bytes']} | `{f['sha256']}` |" for name, f in card["files"].items())
+    return f"""# The digits assets
+
+Made by `{card["command"]}` on {made["date"]}
+(Python {made["python"]}, torch {made["torch"]}, numpy {made["numpy"]}, scikit-learn {made["scikit-learn"]};
+{made["machine"]}).
+Data: {card["dataset"]}.
+Run again on the same machine it gives the same files bit for bit; `--check` retrains and compares.
+
+| file | bytes | sha256 |
+| --- | --- | --- |
+{files}
+
+| figure | value |
+| --- | --- |
+| features: accuracy on the {FEATURES.held_out:.0%} of images held out | {figures["features_accuracy"]:.4f} |
+| features: squared error of their rebuilt pixels (-1 to 1) | {figures["features_rebuild_mse"]:.4f} |
+| teacher: parameters | {figures["teacher_parameters"]} |
+| teacher, DPM-Solver++(3M), 12 steps: fd-digits | {figures["teacher_12_steps_fd"]:.3f} |
+| untrained student, NFE 2: fd-digits | {figures["untrained_student_nfe2_fd"]:.2f} |
+
+fd-digits is a Fréchet distance of these features, not an FID. Here: {N_SAMPLES} samples of seed
+{EVALUATION_SEED}, `{UINT8}`, against all 1797 images, which the teacher was trained on too.
+
+Settings of the teacher: `{canonical_json(card["settings"]["teacher"])}`.
+Its network: `{canonical_json(card["settings"]["network"])}`.
+Settings of the feature network: `{canonical_json(card["settings"]["features"])}`.
+"""
+
+
+def compare(made: dict[str, Any], shipped: dict[str, Any]) -> bool:
+    """Say how a retrained set differs from the shipped one; whether the figures agree."""
+    for name, file in shipped["files"].items():
+        same = made["files"][name]["sha256"] == file["sha256"]
+        click.echo(f"{name}: {'the same bytes' if same else 'other bytes (another machine or version?)'}")
+    agree = True
+    for name, value in shipped["figures"].items():
+        close = abs(made["figures"][name] - value) <= FIGURES_TOLERANCE * abs(value)
+        agree &= close
+        click.echo(f"{name}: {made['figures'][name]:.6g}, shipped {value:.6g}{'' if close else '  DIFFERS'}")
+    return agree
+
+
+@click.command(help=__doc__.partition("\n")[0] if __doc__ else None)
+@click.option("--check", is_flag=True, help="Retrain in a temporary folder and compare; write nothing.")
+@click.option("--keep-teacher", is_flag=True, help="Train the features and the reference only.")
+def main(check: bool, keep_teacher: bool) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    if check:
+        with tempfile.TemporaryDirectory() as folder:
+            agree = compare(make(Path(folder)), assets.card("digits"))
+        sys.exit(0 if agree else 1)
+    card = make(FOLDER, keep_teacher=keep_teacher)
+    write_text_atomically(FOLDER / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+    write_text_atomically(FOLDER / "CARD.md", describe(card))
+    click.echo(json.dumps(card["figures"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
