@@ -1,0 +1,1 @@
+"""The service around `bdense_core`: Optuna decides, Ray executes, PostgreSQL remembers."""

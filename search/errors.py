@@ -1,0 +1,54 @@
+"""The service's exceptions: one tree, below the library's `BDenseError`.
+
+    BDenseError                 exit 1   bdense_core/errors.py, with the library's own errors
+      StorageError              the database, or what is (not) in it
+        StudyNotFound           no study of that name; the message lists the names there are
+        StudyExists             the name is taken by a study with other settings
+        NothingFinished         no trial has ended, so there is nothing to show or export
+        LeaseLost               the trial belongs to somebody else now; its result is dropped
+        ServerError             the embedded PostgreSQL does not start, answer or stop
+      ClusterError              Ray cannot be reached, or all of it was lost
+
+Wrong settings (`BadValue`, `UnknownKey`, exit 2) come from `bdense_core.errors`. No message carries a
+password: a storage URL goes through `search.settings.mask` first.
+"""
+
+from bdense_core.errors import BDenseError
+
+__all__ = [
+    "ClusterError",
+    "LeaseLost",
+    "NothingFinished",
+    "ServerError",
+    "StorageError",
+    "StudyExists",
+    "StudyNotFound",
+]
+
+
+class StorageError(BDenseError):
+    """The database cannot be used, or does not hold what was asked of it."""
+
+
+class StudyNotFound(StorageError):
+    """No study of that name in this database."""
+
+
+class StudyExists(StorageError):
+    """The name is taken by a study whose settings differ; nothing was changed."""
+
+
+class NothingFinished(StorageError):
+    """The study has no finished trial yet."""
+
+
+class LeaseLost(StorageError):
+    """This worker no longer owns its trial: it stops, and its result is dropped."""
+
+
+class ServerError(StorageError):
+    """The embedded PostgreSQL does not start, answer or stop."""
+
+
+class ClusterError(BDenseError):
+    """Ray cannot be reached, or every node of it was lost."""
