@@ -1,0 +1,86 @@
+"""What the database holds, as plain records: no Optuna here, so tables and figures need none."""
+
+from dataclasses import dataclass
+
+from bdense_core.weights import Weights, shares
+
+SEARCH = "search"
+CONTROL = "control:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A trial that this launcher owns: what to run."""
+
+    number: int
+    role: str
+    weights: Weights
+    seeds: tuple[int, ...]
+    reported: tuple[int, ...] = ()
+    """Steps that an earlier owner has reported already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A trial as the database holds it."""
+
+    number: int
+    state: str
+    role: str
+    params: dict[str, float]
+    weights: Weights
+    seeds: tuple[int, ...]
+    value: float | None
+    intermediate: dict[int, float]
+    by_seed: dict[int, float]
+    duration_s: float | None
+    reason: str | None
+    owner: str | None
+    retry_of: int | None
+    protocol: str | None
+
+    @property
+    def shares(self) -> Weights:
+        return shares(self.weights) if self.weights else ()
+
+    @property
+    def last_step(self) -> int | None:
+        return max(self.intermediate, default=None)
+
+    @property
+    def is_search(self) -> bool:
+        return self.role == SEARCH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How far a study is. Searched trials and controls are counted apart."""
+
+    counted: int
+    controls_done: int
+    running: int
+    waiting: int
+    failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """One line of `list`."""
+
+    name: str
+    metric: str
+    counts: Counts
+    best: float | None
+    created: str
+
+
+def count(rows: list[Row]) -> Counts:
+    """How far a study with these rows is."""
+    ended = [row for row in rows if row.state in ("COMPLETE", "PRUNED")]
+    return Counts(
+        counted=sum(row.is_search for row in ended),
+        controls_done=sum(not row.is_search for row in ended),
+        running=sum(row.state == "RUNNING" for row in rows),
+        waiting=sum(row.state == "WAITING" for row in rows),
+        failed=sum(row.state == "FAIL" for row in rows),
+    )

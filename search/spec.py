@@ -1,0 +1,384 @@
+"""A study as its YAML file says it: read, overridden, validated, resolved. No torch, no database."""
+
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bdense_core import assets
+from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey
+from bdense_core.files import HashedFile, sha256_of, sha256_of_file
+from bdense_core.methods import AnyMethod
+from bdense_core.task import Evaluation, Task, report_steps
+from bdense_core.weights import Weights, checked
+from search.space import SearchSpace
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EvaluationSection(_Section):
+    """How students are scored. All trials of a study share the samples' noise."""
+
+    features: str = "digits"
+    """A shipped feature network, or the path of one; names the metric `fd-NAME`."""
+    reference: str | None = None
+    """Reference statistics; default: those shipped with the features."""
+    n_samples: int = Field(default=2000, ge=2)
+    seed: int = 0
+    batch: int = Field(default=500, ge=1)
+
+
+class BudgetSection(_Section):
+    """How much is run."""
+
+    trials: int = Field(default=12, ge=0)
+    """Searched trials that end COMPLETE or PRUNED; controls come on top."""
+    every_kimg: int = Field(default=2, ge=1)
+    """A trial is scored, and may be pruned, each time its student has seen this many thousand images."""
+    max_failures: int = Field(default=10, ge=1)
+    """A launch gives up after so many failed trials: something is wrong with all of them."""
+
+
+class SamplerSection(_Section):
+    """Who proposes."""
+
+    kind: Literal["tpe", "random"] = "tpe"
+    startup_trials: int = Field(default=6, ge=0)
+    """Random proposals before the sampler learns."""
+    seed: int = 0
+
+
+class PrunerSection(_Section):
+    """Who stops a hopeless trial, judged on its intermediate scores."""
+
+    kind: Literal["median", "percentile", "none"] = "median"
+    percentile: float = Field(default=50.0, gt=0, lt=100)
+    """For `percentile`: trials worse than this share of the earlier ones stop."""
+    startup_trials: int = Field(default=5, ge=0)
+    warmup_kimg: int = Field(default=0, ge=0)
+
+
+class SeedsSection(_Section):
+    """Training seeds. Every trial uses the first; trials of one seed share noise, data order and targets."""
+
+    training: int = 0
+    control_repeats: int = Field(default=2, ge=1, le=100)
+    """Seeds that each control runs on: their spread is the study's noise floor."""
+
+
+class ResourcesSection(_Section):
+    """What one trial takes on a Ray node."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+    max_parallel: int | None = Field(default=None, ge=1)
+
+
+class LeaseSection(_Section):
+    """When a trial counts as lost, and how often it is tried again."""
+
+    heartbeat_s: int = Field(default=15, ge=1)
+    grace_s: int = Field(default=180, ge=2)
+    max_retries: int = Field(default=2, ge=0)
+
+
+class StudySpec(_Section):
+    """One study file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    description: str = ""
+    dataset: str = "digits"
+    method: Annotated[AnyMethod, Field(discriminator="kind")]
+    teacher: str | None = None
+    """A shipped teacher, or the path of one (relative to the study file)."""
+    evaluation: EvaluationSection | None = None
+    space: SearchSpace = SearchSpace()
+    budget: BudgetSection = BudgetSection()
+    sampler: SamplerSection = SamplerSection()
+    pruner: PrunerSection = PrunerSection()
+    seeds: SeedsSection = SeedsSection()
+    resources: ResourcesSection = ResourcesSection()
+    lease: LeaseSection = LeaseSection()
+
+
+MUTABLE = ("description", "budget.trials", "budget.max_failures", "resources", "lease")
+"""Keys that may change between two launches of one study: they do not touch any result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A resolved study: the specification, and the files it names with their hashes."""
+
+    spec: StudySpec
+    teacher: HashedFile | None
+    evaluation: Evaluation | None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def metric(self) -> str:
+        return self.evaluation.protocol.metric if self.evaluation else f"{self.spec.method.kind}-score"
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.spec.method.terms)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The kimg at which a trial is scored."""
+        return report_steps(self.spec.method.budget_kimg, self.spec.budget.every_kimg)
+
+    def controls(self) -> dict[str, Weights]:
+        return {name: checked(weights) for name, weights in self.spec.method.controls().items()}
+
+    def control_seeds(self) -> tuple[int, ...]:
+        return tuple(self.spec.seeds.training + i for i in range(self.spec.seeds.control_repeats))
+
+    def task(self, weights: Weights, seed: int, *, cache_root: Path) -> Task:
+        return Task(
+            weights=weights,
+            seed=seed,
+            every_kimg=self.spec.budget.every_kimg,
+            teacher=self.teacher,
+            evaluation=self.evaluation,
+            cache_root=str(cache_root),
+            device="cuda" if self.spec.resources.gpus > 0 else "cpu",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, JSON-able: what is stored with the study and with every export."""
+        files = {
+            "teacher": asdict(self.teacher) if self.teacher else None,
+            "evaluation": asdict(self.evaluation) if self.evaluation else None,
+        }
+        return {**self.spec.model_dump(mode="json"), "files": files}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Study":
+        """The study that `to_dict` described.
+
+        Raises:
+            ConfigError: it was stored by an incompatible version.
+        """
+        files = stored.get("files", {})
+        teacher, evaluation = files.get("teacher"), files.get("evaluation")
+        return cls(
+            spec=_validate({key: value for key, value in stored.items() if key != "files"}, "the stored study"),
+            teacher=HashedFile(**teacher) if teacher else None,
+            evaluation=Evaluation(
+                **{
+                    **evaluation,
+                    "features": HashedFile(**evaluation["features"]),
+                    "reference": HashedFile(**evaluation["reference"]),
+                }
+            )
+            if evaluation
+            else None,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: the resolved study without its name, machine paths and `MUTABLE` keys."""
+        return identity_of(self.to_dict())
+
+    def sha256(self) -> str:
+        return sha256_of(self.identity())
+
+
+def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The flat dotted form of a resolved study, less all that no result depends on."""
+    ignored = ("name", "teacher", "evaluation.features", "evaluation.reference", *MUTABLE)
+    return {
+        key: value
+        for key, value in flatten(resolved).items()
+        if not any(key == prefix or key.startswith(prefix + ".") for prefix in ignored) and not key.endswith(".path")
+    }
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """One line for each key of the identities of two resolved studies that differs."""
+    old, new = identity_of(stored), identity_of(wanted)
+    return [
+        f"{key}: stored {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def load_study(path: Path, *, name: str | None = None, overrides: tuple[str, ...] = ()) -> Study:
+    """Read a study file, apply `KEY=VALUE` overrides, validate, and hash the files it names.
+
+    Raises:
+        ConfigError: the file is missing or wrong; the message says which key and what is known.
+        CheckpointError: a file that it names is missing.
+    """
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    if name is not None:
+        values["name"] = name
+    return _resolve(_validate(values, str(path)), path.parent)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.name for p in studies_folder().glob("*.yaml")))
+        raise ConfigError(f"there is no study file {path}; shipped studies: {known}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the study file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no valid YAML: {detail}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, as in studies/digits.yaml")
+    return values
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Apply one `a.b=value` in place; the value is YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise BadValue(f"--set wants KEY=VALUE, got {text!r}; for example --set method.lr=1e-4")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise BadValue(f"--set {text}: {parent} is a value, not a section")
+        values = inner
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadValue(f"--set {text}: the value is no valid YAML") from error
+
+
+def _validate(values: dict[str, Any], source: str) -> StudySpec:
+    try:
+        return StudySpec.model_validate(values)
+    except ValidationError as error:
+        raise _readable(error, values, source) from error
+
+
+def _readable(error: ValidationError, values: dict[str, Any], source: str) -> ConfigError:
+    """The first complaint of pydantic in our words: which key, what is wrong, what is known."""
+    complaint = error.errors()[0]
+    kind = _dig(values, "method", "kind")
+    parts = [str(part) for part in complaint["loc"]]
+    if len(parts) > 1 and parts[0] == "method" and parts[1] == kind:
+        del parts[1]
+    key = ".".join(parts)
+    if complaint["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = known_keys(kind)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return UnknownKey(f"unknown key {key} in {source}; did you mean {nearest[0]}?")
+    if complaint["type"] == "missing":
+        return BadValue(f"{source} lacks the key {key}; add it")
+    if complaint["type"] == "union_tag_invalid":
+        expected = complaint["ctx"]["expected_tags"]
+        return BadValue(f"{source}: unknown method.kind {kind!r}; known: {expected}")
+    if complaint["type"] == "union_tag_not_found":
+        return BadValue(f"{source} lacks the key method.kind; add it, for example `kind: sfd`")
+    return BadValue(f"{key} in {source}: {complaint['msg']}; got {complaint['input']!r}")
+
+
+def _dig(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def known_keys(method_kind: str | None = None) -> list[str]:
+    """Every dotted key that a study file may have, with the settings of one method, or of all."""
+    return sorted(_keys_of(StudySpec, "", method_kind))
+
+
+def _keys_of(model: Any, prefix: str, method_kind: str | None) -> set[str]:
+    keys = set()
+    for name, annotation in typing.get_type_hints(model).items():
+        if name.startswith("model_"):
+            continue
+        sections = [t for t in _members(annotation) if _is_section(t)]
+        if len(sections) > 1 and any(_kind_of(t) == method_kind for t in sections):
+            sections = [t for t in sections if _kind_of(t) == method_kind]
+        if not sections:
+            keys.add(prefix + name)
+        for section in sections:
+            keys |= _keys_of(section, f"{prefix}{name}.", method_kind)
+    return keys
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and (issubclass(candidate, BaseModel) or is_dataclass(candidate))
+
+
+def _kind_of(method: Any) -> Any:
+    if not is_dataclass(method):
+        return None
+    return next((f.default for f in fields(method) if f.name == "kind"), None)
+
+
+def _resolve(spec: StudySpec, folder: Path) -> Study:
+    if spec.method.kind == "synthetic":
+        return Study(spec=spec, teacher=None, evaluation=None)
+    section = spec.evaluation or EvaluationSection()
+    if spec.teacher is None:
+        raise BadValue("the study names no teacher; add `teacher: digits`, or the path of one")
+    features = _file(section.features, "features", folder)
+    reference = _file(section.reference or section.features, "reference", folder)
+    evaluation = Evaluation(
+        features_name=Path(section.features).stem,
+        features=features,
+        reference=reference,
+        n_samples=section.n_samples,
+        seed=section.seed,
+        batch=section.batch,
+    )
+    return Study(spec=spec, teacher=_file(spec.teacher, "teacher", folder), evaluation=evaluation)
+
+
+def _file(name: str, role: str, folder: Path) -> HashedFile:
+    """A shipped asset by its name, or a file by its path."""
+    shipped = f"{name}/{role}.safetensors"
+    if shipped in assets.names():
+        return assets.hashed(shipped)
+    path = Path(name).expanduser()
+    path = path if path.is_absolute() else folder / path
+    try:
+        return HashedFile(path=str(path.resolve()), sha256=sha256_of_file(path))
+    except OSError as error:
+        known = ", ".join(sorted({asset.partition("/")[0] for asset in assets.names()}))
+        raise CheckpointError(
+            f"there is no {role} {name!r}: {path} cannot be read ({error.strerror or error}); shipped: {known}"
+        ) from error
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def studies_folder() -> Path:
+    """Where the shipped study files are: beside the checkout's packages, or inside the installed wheel."""
+    here = Path(__file__).resolve().parent
+    installed = here / "studies"
+    return installed if installed.is_dir() else here.parent / "studies"

@@ -1,0 +1,117 @@
+"""Study files: what is accepted, what is refused and with which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey
+from search.spec import Study, differences, flatten, known_keys, load_study, studies_folder
+
+MINIMAL = {"name": "t", "method": {"kind": "synthetic"}}
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong", "nearest"),
+    [
+        ({"method": {"kind": "sfd", "lrate": 1e-3}}, "method.lrate", "method.lr"),
+        ({"budgets": {"trials": 3}}, "budgets", "budget"),
+        ({"budget": {"trails": 3}}, "budget.trails", "budget.trials"),
+        ({"space": {"indexorigin": 1}}, "space.indexorigin", "space.index_origin"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(
+    tmp_path: Path, values: dict[str, object], wrong: str, nearest: str
+) -> None:
+    with pytest.raises(UnknownKey) as caught:
+        load_study(write(tmp_path, MINIMAL | {"teacher": "digits"} | values))
+    assert f"unknown key {wrong} " in str(caught.value)
+    assert f"did you mean {nearest}" in str(caught.value)
+
+
+def test_an_unknown_key_in_an_override_is_refused_alike(tmp_path: Path) -> None:
+    with pytest.raises(UnknownKey, match=r"method\.second .*did you mean method\.seconds\?"):
+        load_study(write(tmp_path, MINIMAL), overrides=("method.second=1",))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"space": {"b": [-6, 0]}}, "must not go below -5"),
+        ({"space": {"a": [2, 1]}}, "must rise"),
+        ({"method": {"kind": "sfd", "num_branches": 3, "teacher_steps": 4}}, "does not divide"),
+        ({"method": {"kind": "sfd", "lr": 0}}, "method.lr must be positive"),
+        ({"method": {"kind": "progresive"}}, "unknown method.kind 'progresive'"),
+        ({"method": {"lr": 1}}, "method.kind"),
+        ({"budget": {"trials": "many"}}, "budget.trials"),
+        ({"name": "../etc"}, "name"),
+        ({"method": {"kind": "sfd"}}, "names no teacher"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_with_its_key(
+    tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(BadValue, match=message.replace("[", r"\[")):
+        load_study(write(tmp_path, MINIMAL | values))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match="lacks the key name"):
+        load_study(write(tmp_path, {"method": {"kind": "synthetic"}}))
+
+
+def test_a_missing_file_lists_the_shipped_studies(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no study file .*nowhere\.yaml.*digits\.yaml"):
+        load_study(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "", "\x00"])
+def test_a_file_that_is_no_study_is_a_config_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        load_study(write(tmp_path, text))
+
+
+def test_a_teacher_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    values = MINIMAL | {"method": {"kind": "sfd"}, "teacher": "mine.safetensors"}
+    with pytest.raises(CheckpointError, match=r"no teacher 'mine\.safetensors'.*shipped: digits"):
+        load_study(write(tmp_path, values))
+
+
+@pytest.mark.parametrize("override", ["noequals", "=3", "name.deeper=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(BadValue, match="--set"):
+        load_study(write(tmp_path, MINIMAL), overrides=(override,))
+
+
+def test_an_override_arrives_where_its_dotted_key_points(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, MINIMAL), overrides=("budget.trials=7", "space.a=[0, 1.5]"), name="other")
+    assert (study.name, study.spec.budget.trials, study.spec.space.a) == ("other", 7, (0.0, 1.5))
+
+
+@pytest.mark.parametrize("path", sorted(studies_folder().glob("*.yaml")), ids=lambda path: path.name)
+def test_a_resolved_study_survives_being_stored(path: Path) -> None:
+    study = load_study(path)
+    assert Study.from_dict(study.to_dict()) == study
+    assert Study.from_dict(study.to_dict()).sha256() == study.sha256()
+
+
+def test_what_no_result_depends_on_may_change_and_all_else_may_not(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    first = load_study(path).to_dict()
+    harmless = load_study(path, overrides=("budget.trials=99", "resources.cpus=2", "description=x"))
+    assert differences(first, harmless.to_dict()) == []
+    assert harmless.sha256() == load_study(path).sha256()
+    changed = load_study(path, overrides=("method.noise=0.5", "space.b=[-4, 0]")).to_dict()
+    assert [line.split(":")[0] for line in differences(first, changed)] == ["method.noise", "space.b"]
+
+
+def test_every_key_of_a_resolved_study_is_known(tmp_path: Path) -> None:
+    resolved = load_study(studies_folder() / "digits.yaml").to_dict()
+    del resolved["files"]
+    assert set(flatten(resolved)) <= set(known_keys("sfd"))
