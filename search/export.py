@@ -1,0 +1,64 @@
+"""The weights file that transfer runs read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from search.errors import NothingFinished
+from search.records import Row
+from search.report import ranked
+from search.storage import StudyStore
+
+SCHEMA = "bdense-weights/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Context:
+    metric: str
+    n_samples: int | None
+
+
+def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
+    """The best searched weights of a study and its top candidates.
+
+    Raises:
+        NothingFinished: no searched trial has run to its end.
+    """
+    candidates = ranked(store.rows(), searched_only=True)[:top]
+    if not candidates:
+        counts = store.counts()
+        raise NothingFinished(
+            f"study {store.name!r} has no searched trial that ran to its end ({counts.running} running, "
+            f"{counts.waiting} waiting, {counts.failed} failed); run the launcher again, or wait for it"
+        )
+    study = store.study
+    context = _Context(metric=study.metric, n_samples=study.evaluation.n_samples if study.evaluation else None)
+    return {
+        "schema": SCHEMA,
+        "study": store.name,
+        "method": study.spec.method.kind,
+        "dataset": study.spec.dataset,
+        "nfe": study.spec.method.nfe,
+        "num_branches": study.num_branches,
+        "target_space": study.spec.method.target_space,
+        "index_origin": study.spec.space.index_origin,
+        **_candidate(candidates[0], context),
+        "candidates": [_candidate(row, context) for row in candidates],
+        "provenance": store.provenance(),
+        "spec": store.stored_spec,
+    }
+
+
+def _candidate(row: Row, context: _Context) -> dict[str, Any]:
+    return {
+        "a": row.params.get("a"),
+        "b": row.params.get("b"),
+        "weights": list(row.weights),
+        "shares": list(row.shares),
+        "trial": row.number,
+        "score": {
+            "metric": context.metric,
+            "value": row.value,
+            "n_samples": context.n_samples,
+            "seeds": list(row.seeds),
+        },
+    }

@@ -1,0 +1,218 @@
+"""One launch of a study, start to end: check, open, place, wait, tell."""
+
+import contextlib
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdense_core.errors import BDenseError
+from bdense_core.integrity import check_cache, check_file, read_metadata
+from search import dashboard, ray_environment, server
+from search.errors import StorageError
+from search.settings import Settings, mask
+from search.spec import Study
+from search.storage import Database, StudyStore
+
+if TYPE_CHECKING:
+    from search.scheduling import Conductor
+
+_FIGURES_EVERY_S = 15.0
+_CHECKED_CACHE_BYTES = 2e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a launch ended."""
+
+    store: StudyStore
+    interrupted: bool
+    given_back: int
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def storage_url(settings: Settings) -> str:
+    """The given database, or the embedded one, started if need be.
+
+    Raises:
+        ServerError: the embedded server does not start.
+    """
+    return settings.storage or server.ensure_running(settings.home)
+
+
+def found_storage_url(settings: Settings) -> str:
+    """As `storage_url`, but a machine that never had an embedded server does not get one by looking.
+
+    Raises:
+        StorageError: there is no database yet.
+    """
+    if settings.storage is None and not settings.postgres.exists():
+        raise StorageError(
+            f"there is no embedded database in {settings.home} yet; launch a study first, "
+            "or name a database with --storage or OPTUNA_STORAGE"
+        )
+    return storage_url(settings)
+
+
+def preflight(study: Study, settings: Settings) -> None:
+    """Check the files that the trials will read, before anything is started.
+
+    A large cache is checked only in part: workers check each shard once more when they open it.
+
+    Raises:
+        CheckpointError, CacheError: a file is damaged.
+    """
+    if study.teacher:
+        check_file(study.teacher)
+        read_metadata(study.teacher.path)
+    if study.evaluation:
+        check_file(study.evaluation.features)
+        check_file(study.evaluation.reference)
+    check_cache(settings.cache, at_most_bytes=_CHECKED_CACHE_BYTES)
+
+
+def plan(study: Study) -> dict[str, Any]:
+    """What a launch of this study would do, for `--dry-run`: runs, and network evaluations of each kind."""
+    method, spec = study.spec.method, study.spec
+    controls = study.controls()
+    runs = spec.budget.trials + len(controls) * spec.seeds.control_repeats
+    teacher_units, student_units = method.forward_units()
+    images = method.budget_kimg * 1000
+    evaluated = 0
+    if study.evaluation:
+        scored = (spec.budget.trials + len(controls)) * len(study.steps)
+        scored += len(controls) * (spec.seeds.control_repeats - 1)
+        evaluated = scored * study.evaluation.n_samples * method.nfe
+    return {
+        "trials": spec.budget.trials,
+        "controls": list(controls),
+        "control_repeats": spec.seeds.control_repeats,
+        "runs": runs,
+        "scored_at_kimg": list(study.steps),
+        "network_evaluations": {
+            "teacher_cache": round(teacher_units * images) * spec.seeds.control_repeats,
+            "student_training": round(student_units * images) * runs,
+            "student_scoring": evaluated,
+        },
+        "without_cache": {"teacher": round(teacher_units * images) * runs},
+    }
+
+
+def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int) -> Outcome:
+    """Create or resume the study and run what is missing.
+
+    Raises:
+        BDenseError: whatever stopped it; finished trials are kept.
+    """
+    preflight(study, settings)
+    url = storage_url(settings)
+    lease = study.spec.lease
+    database = Database(url, heartbeat_s=lease.heartbeat_s, grace_s=lease.grace_s, max_retries=lease.max_retries)
+    store = database.create_or_resume(study)
+    store.reap()
+    say(f"study {study.name} in {mask(url)}")
+    if _nothing_left(store):
+        say(f"nothing left to do: {study.spec.budget.trials} trials and all controls have ended")
+        return Outcome(store=store, interrupted=False, given_back=0)
+    with contextlib.ExitStack() as stack:
+        if with_dashboard:
+            address = stack.enter_context(dashboard.running(url, port=dashboard_port))
+            say(f"dashboard: {address}")
+        return _run(store, settings)
+
+
+def _nothing_left(store: StudyStore) -> bool:
+    counts = store.counts()
+    return counts.running == 0 and counts.waiting == 0 and counts.counted >= store.study.spec.budget.trials
+
+
+def _run(store: StudyStore, settings: Settings) -> Outcome:
+    ray_environment.prepare(settings.ray_address)
+    from search import placement
+    from search.progress import Board
+    from search.scheduling import AskOptuna, CarryDecisions, Conductor
+
+    study = store.study
+    with placement.cluster(settings.ray_address):
+        slots = placement.slots(study.spec.resources)
+        board = Board(metric=study.metric, trials=study.spec.budget.trials, controls=len(study.controls()), slots=slots)
+        board.resume(store.rows(), store.counts())
+        conductor = Conductor(
+            store, board, slots=slots, cache_root=settings.cache, max_failures=study.spec.budget.max_failures
+        )
+        try:
+            with board, _stops_on_interrupt(conductor):
+                placement.run_all(
+                    AskOptuna(conductor),
+                    CarryDecisions(conductor),
+                    study.spec.resources,
+                    folder=settings.create(settings.ray),
+                    stop_asked=conductor.stopping,
+                    tick=_every(_FIGURES_EVERY_S, lambda: _save_figures(store)),
+                )
+        except KeyboardInterrupt:
+            conductor.stop_requested = True
+        finally:
+            given_back = conductor.give_back_all()
+        _save_figures(store)
+        if conductor.fatal:
+            raise BDenseError(f"{conductor.fatal}. Stopped; finished trials are kept")
+        return Outcome(store=store, interrupted=conductor.stop_requested, given_back=given_back)
+
+
+@contextlib.contextmanager
+def _stops_on_interrupt(conductor: "Conductor") -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for a clean end, the second one ends at once."""
+
+    def ask(_signal: int, _frame: object) -> None:
+        if conductor.stop_requested:
+            raise KeyboardInterrupt
+        conductor.stop_requested = True
+        say("stopping: running trials go back into the queue (once more to stop at once)")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _save_figures(store: StudyStore) -> None:
+    from search import figures
+
+    figures.save_to_dashboard(store)
+
+
+def _every(seconds: float, action: Any) -> Any:
+    """A callable that runs `action` at most once in so many seconds."""
+    last = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            action()
+            last = time.monotonic()
+
+    return tick
+
+
+def export_command(study: str, storage: str | None) -> str:
+    """The command that exports a study, as this user can type it; `storage` is the option that was given."""
+    program = "bdense-weights"
+    if shutil.which(program) is None:
+        program = shlex.quote(str(Path(sys.executable).parent / program))
+    command = f"{program} export --study {shlex.quote(study)}"
+    if storage is None:
+        return command
+    if mask(storage) != storage:
+        return f"{command}  # with OPTUNA_STORAGE set to the database you gave"
+    return f"{command} --storage {shlex.quote(storage)}"

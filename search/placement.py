@@ -1,0 +1,157 @@
+"""Ray: where trials run. Starts a local Ray or joins a cluster, and places one actor per trial."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayError
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from search.errors import ClusterError
+from search.spec import ResourcesSection
+from search.worker import run_trial
+
+_JOIN_TIMEOUT_S = 20
+
+
+class TrialActor(tune.Trainable):
+    """A Ray actor that runs one trial after the other."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(config.get("threads", 1))))
+        self._results = run_trial(config["trial"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._results.close()
+        self._results = run_trial(new_config["trial"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        return next(self._results)
+
+    def cleanup(self) -> None:
+        self._results.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: what a trial needs to go on is the service's own business."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, as for `save_checkpoint`."""
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A Ray to place work on: a local one that ends with us, or the cluster at `address`.
+
+    Raises:
+        ClusterError: it cannot be reached or started.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        if address is None:
+            ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
+        else:
+            _check_reachable(address)
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
+        place = "a local Ray does not start" if address is None else f"no Ray cluster answers at {address}"
+        first = str(error).strip().splitlines()[0]
+        raise ClusterError(f"{place}: {first}; check --ray-address, or leave it out for a local Ray") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself retries an unreachable address for long; ask the socket first."""
+    import socket
+
+    if address in ("auto", "local") or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("an address is HOST:PORT, for example 10.0.0.5:6379")
+    socket.create_connection((host, int(port)), timeout=_JOIN_TIMEOUT_S).close()
+
+
+def slots(resources: ResourcesSection) -> int:
+    """How many trials fit on the cluster at once.
+
+    Raises:
+        ClusterError: not even one.
+    """
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    fits = total.get("CPU", 0) / resources.cpus
+    if resources.gpus > 0:
+        fits = min(fits, total.get("GPU", 0) / resources.gpus)
+    if fits < 1:
+        raise ClusterError(
+            f"a trial asks for {resources.cpus:g} CPU and {resources.gpus:g} GPU, the cluster has "
+            f"{total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower resources.cpus or resources.gpus"
+        )
+    return min(int(fits + 1e-9), resources.max_parallel or 10**6)
+
+
+class _StopWhen(tune.Stopper):
+    """Ends the whole run when asked to."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._asked()
+
+    def __reduce__(self) -> Any:
+        return (_StopWhen, (bool,))
+
+
+def run_all(
+    searcher: Searcher,
+    scheduler: TrialScheduler,
+    resources: ResourcesSection,
+    *,
+    folder: Path,
+    stop_asked: Callable[[], bool],
+    tick: Callable[[], None],
+) -> None:
+    """Run trials as `searcher` hands them out until it is finished or a stop is asked for.
+
+    Raises:
+        ClusterError: the cluster went away.
+    """
+    request = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
+
+    class Tick(tune.Callback):
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            tick()
+
+    tuner = tune.Tuner(
+        tune.with_resources(TrialActor, request),
+        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(folder),
+            verbose=0,
+            stop=_StopWhen(stop_asked),
+            callbacks=[Tick()],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        tuner.fit()
+    except RayError as error:
+        raise ClusterError(f"the Ray cluster went away: {str(error).splitlines()[0]}; run the command again") from error

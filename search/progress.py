@@ -1,0 +1,167 @@
+"""Live progress on stderr: a display on a terminal, plain lines elsewhere."""
+
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from search.records import Claim, Counts, Row
+
+
+@dataclass
+class _Line:
+    claim: Claim
+    started: float = field(default_factory=time.monotonic)
+    phase: str = "starting"
+    kimg: float = 0.0
+    done: float = 0.0
+    value: float | None = None
+
+
+class Board:
+    """What happens in a launch, for the person who watches."""
+
+    def __init__(self, *, metric: str, trials: int, controls: int, slots: int, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._metric = metric
+        self._trials, self._controls, self._slots = trials, controls, slots
+        self._lines: dict[int, _Line] = {}
+        self._counted = self._controls_done = 0
+        self._best: tuple[float, str] | None = None
+        self._durations: list[float] = []
+        self._start = time.monotonic()
+        self._lock = threading.RLock()
+        self._live: Live | None = None
+
+    def resume(self, rows: list[Row], counts: Counts) -> None:
+        """Begin from what is stored."""
+        self._counted, self._controls_done = counts.counted, counts.controls_done
+        self._durations = [row.duration_s for row in rows if row.state == "COMPLETE" and row.duration_s]
+        for row in rows:
+            if row.state == "COMPLETE" and row.value is not None:
+                self._consider(row.value, f"trial {row.number} ({row.role})")
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # -- events
+
+    def started(self, claim: Claim) -> None:
+        with self._lock:
+            self._lines[claim.number] = _Line(claim)
+        if self._live is None:
+            self._say(f"trial {claim.number} {claim.role} started, shares {_shares(claim)}")
+
+    def progressed(self, claim: Claim, result: dict[str, Any]) -> None:
+        with self._lock:
+            line = self._lines.setdefault(claim.number, _Line(claim))
+            line.kimg, line.done = float(result["kimg"]), float(result["fraction"])
+            line.phase = result.get("phase") or "scored"
+            line.value = result.get("value", line.value)
+        if self._live is None and result["event"] == "score":
+            self._say(
+                f"trial {claim.number} {claim.role} kimg {result['kimg']:g} {self._metric} {result['value']:.4g}"
+                f" seed {claim.seeds[0]} {time.monotonic() - line.started:.0f} s"
+            )
+
+    def ended(self, claim: Claim, state: str, value: float) -> None:
+        with self._lock:
+            line = self._lines.pop(claim.number, None)
+            if claim.role.startswith("control:"):
+                self._controls_done += 1
+            else:
+                self._counted += 1
+            if state == "COMPLETE":
+                self._consider(value, f"trial {claim.number} ({claim.role})")
+                if line:
+                    self._durations.append(time.monotonic() - line.started)
+            left = self._time_left()
+        self._say(
+            f"trial {claim.number} {claim.role} {state} {self._metric} {value:.4g} | "
+            f"{self._counted}/{self._trials} trials, {self._controls_done}/{self._controls} controls, "
+            f"best {self._best_text()}, {left}"
+        )
+
+    def failed(self, claim: Claim, reason: str) -> None:
+        with self._lock:
+            self._lines.pop(claim.number, None)
+        self._say(f"trial {claim.number} {claim.role} FAILED: {reason}")
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    # -- drawing
+
+    def _say(self, text: str) -> None:
+        if self._live is not None:
+            self._console.print(Text(text, style="dim"))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _consider(self, value: float, name: str) -> None:
+        if self._best is None or value < self._best[0]:
+            self._best = (value, name)
+
+    def _best_text(self) -> str:
+        return "none yet" if self._best is None else f"{self._best[0]:.4g} by {self._best[1]}"
+
+    def _time_left(self) -> str:
+        """From the mean duration of finished trials; before the first one, from how far the running ones are."""
+        now = time.monotonic()
+        open_runs = (self._trials - self._counted) + (self._controls - self._controls_done)
+        if open_runs <= 0:
+            return "done"
+        known = [(now - line.started) / line.done for line in self._lines.values() if line.done > 0.1]
+        durations = self._durations or known
+        if not durations:
+            return "time left: not known yet"
+        mean = sum(durations) / len(durations)
+        behind = sum(min(line.done, 1.0) for line in self._lines.values())
+        seconds = max(0.0, open_runs - behind) * mean / max(1, min(self._slots, open_runs))
+        return f"about {_clock(seconds)} left"
+
+    def _render(self) -> RenderableType:
+        with self._lock:
+            total = self._trials + self._controls
+            done = self._counted + self._controls_done
+            head = Text.assemble(
+                (f"{self._counted}/{self._trials} trials", "bold"),
+                f"  {self._controls_done}/{self._controls} controls  best {self._metric} ",
+                (self._best_text(), "bold green"),
+                f"  {_clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
+            )
+            table = Table(box=None, pad_edge=False, header_style="dim")
+            for column in ("trial", "role", "shares", "phase", "kimg", self._metric, ""):
+                table.add_column(column)
+            for number, line in sorted(self._lines.items()):
+                value = "" if line.value is None else f"{line.value:.4g}"
+                bar = ProgressBar(total=1.0, completed=line.done, width=20)
+                row = (str(number), line.claim.role, _shares(line.claim), line.phase, f"{line.kimg:.1f}", value, bar)
+                table.add_row(*row)
+            return Group(ProgressBar(total=max(total, 1), completed=done, width=60), head, table)
+
+
+def _shares(claim: Claim) -> str:
+    total = sum(claim.weights)
+    return " ".join(f"{weight / total:.2f}" for weight in claim.weights)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
