@@ -10,8 +10,8 @@ from bdense_core.task import Event, Progress, Score, Task
 def distill(method: Method, task: Task, repeats: tuple[int, ...] = ()) -> Iterator[Event]:
     """Run a task on its own seed, and then on further training seeds.
 
-    Scores follow the run of `task.seed`, so trials stay paired whatever their repeats; the last score carries
-    the results of all seeds. A repeat is scored once, at its end.
+    Scores follow the run of `task.seed`, so trials stay paired whatever their repeats; the last one carries the
+    scores of the repeats.
 
     Raises:
         BDenseError: see `Method.run`.
@@ -26,11 +26,10 @@ def distill(method: Method, task: Task, repeats: tuple[int, ...] = ()) -> Iterat
     assert result is not None, "a method's last event is its score at the whole budget"
     if not repeats:
         return
-    by_seed = {task.seed: result.value}
+    scores: list[tuple[int, int, float]] = []
     for index, seed in enumerate(repeats, start=1):
-        for event in method.run(dataclasses.replace(task, seed=seed, every_kimg=10**9)):
+        for event in method.run(dataclasses.replace(task, seed=seed)):
             if isinstance(event, Score):
-                by_seed[seed] = event.value
-            phase = f"seed {seed}"
-            yield Progress(kimg=event.kimg, done=min((index + event.done) / runs, 0.999), phase=phase)
-    yield Score(kimg=result.kimg, value=result.value, done=1.0, by_seed=tuple(by_seed.items()))
+                scores.append((seed, event.kimg, event.value))
+            yield Progress(kimg=event.kimg, done=min((index + event.done) / runs, 0.999), phase=f"seed {seed}")
+    yield dataclasses.replace(result, repeats=tuple(scores))

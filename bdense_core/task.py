@@ -60,7 +60,8 @@ class Score:
     kimg: int
     value: float
     done: float
-    by_seed: tuple[tuple[int, float], ...] = ()
+    repeats: tuple[tuple[int, int, float], ...] = ()
+    """Scores on further training seeds, on the last event of a trial that has such: (seed, kimg, value)."""
 
 
 Event = Progress | Score

@@ -88,9 +88,7 @@ def plan(study: Study) -> dict[str, Any]:
     images = method.budget_kimg * 1000
     evaluated = 0
     if study.evaluation:
-        scored = (spec.budget.trials + len(controls)) * len(study.steps)
-        scored += len(controls) * (spec.seeds.control_repeats - 1)
-        evaluated = scored * study.evaluation.n_samples * method.nfe
+        evaluated = runs * len(study.steps) * study.evaluation.n_samples * method.nfe
     return {
         "trials": spec.budget.trials,
         "controls": list(controls),

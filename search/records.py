@@ -32,7 +32,8 @@ class Row:
     seeds: tuple[int, ...]
     value: float | None
     intermediate: dict[int, float]
-    by_seed: dict[int, float]
+    repeats: tuple[tuple[int, int, float], ...]
+    """Scores on further training seeds: (seed, kimg, value)."""
     duration_s: float | None
     reason: str | None
     owner: str | None
@@ -46,6 +47,16 @@ class Row:
     @property
     def last_step(self) -> int | None:
         return max(self.intermediate, default=None)
+
+    def over_seeds(self, step: int) -> dict[int, float]:
+        """The score at `step` on every training seed that has one."""
+        own = {self.seeds[0]: self.intermediate[step]} if self.seeds and step in self.intermediate else {}
+        return own | {seed: value for seed, at, value in self.repeats if at == step}
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """The last score on every training seed."""
+        return {} if self.last_step is None else self.over_seeds(self.last_step)
 
     @property
     def is_search(self) -> bool:

@@ -1,7 +1,7 @@
 """Rows to tables: the best trials beside the controls, and how far both stand above the noise."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean, variance
 from typing import Any
 
@@ -13,22 +13,33 @@ from search.storage import StudyStore
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
-    """How much the metric moves when only the training seed changes: the controls' repeats, pooled."""
+    """How much the metric moves when only the training seed changes: the controls' repeats at one kimg, pooled."""
 
+    step: int
     sd: float
     largest_range: float
     num_seeds: int
     num_controls: int
 
+    @property
+    def finding(self) -> float:
+        """The smallest difference of two single runs that is no mere noise: 2 standard deviations of a difference."""
+        return 2 * math.sqrt(2) * self.sd
 
-def noise_floor(rows: list[Row]) -> NoiseFloor | None:
-    """Pooled standard deviation between training seeds, or None where no control has two."""
-    repeats = [list(row.by_seed.values()) for row in rows if row.state == "COMPLETE" and len(row.by_seed) > 1]
+
+def noise_floor(rows: list[Row], step: int | None = None) -> NoiseFloor | None:
+    """The spread between training seeds at `step`, by default at the end; None where no control has two seeds."""
+    controls = [row for row in rows if row.state == "COMPLETE" and not row.is_search]
+    if step is None:
+        step = max((row.last_step for row in controls if row.last_step is not None), default=0)
+    groups = [list(row.over_seeds(step).values()) for row in controls]
+    repeats = [values for values in groups if len(values) > 1]
     if not repeats:
         return None
-    weighted = sum(variance(values) * (len(values) - 1) for values in repeats)
+    squares = sum(variance(values) * (len(values) - 1) for values in repeats)
     return NoiseFloor(
-        sd=math.sqrt(weighted / sum(len(values) - 1 for values in repeats)),
+        step=step,
+        sd=math.sqrt(squares / sum(len(values) - 1 for values in repeats)),
         largest_range=max(max(values) - min(values) for values in repeats),
         num_seeds=min(len(values) for values in repeats),
         num_controls=len(repeats),
@@ -45,29 +56,44 @@ def ranked(rows: list[Row], *, searched_only: bool = False) -> list[Row]:
 
 
 def spread_lines(rows: list[Row]) -> list[str]:
-    """The spread between weightings and the spread between training seeds, said side by side."""
-    values = [row.value for row in ranked(rows) if row.value is not None]
-    values += [row.intermediate[row.last_step] for row in rows if row.state == "PRUNED" and row.last_step]
-    finished = [row.value for row in ranked(rows) if row.value is not None]
-    floor = noise_floor(rows)
-    if len(finished) < 2:
+    """The spread between weightings beside the spread between training seeds, at the end and where all trials were."""
+    complete = ranked(rows)
+    if len(complete) < 2:
         return []
-    lines = [f"spread between weightings: {min(finished):.4g} to {max(finished):.4g} among trials run to the end"]
-    if len(values) > len(finished):
-        lines[0] += f", up to {max(values):.4g} where pruned trials stopped"
+    last = max(row.last_step or 0 for row in complete)
+    shown = [row for row in rows if row.state in ("COMPLETE", "PRUNED") and row.intermediate]
+    common = set.intersection(*(set(row.intermediate) for row in shown))
+    steps = [last, *([max(common)] if common and max(common) < last else [])]
+    lines = [line for step in steps for line in _spread_at(step, rows, shown)]
+    return [*lines, *_verdict(rows)]
+
+
+def _spread_at(step: int, rows: list[Row], shown: list[Row]) -> list[str]:
+    values = [row.intermediate[step] for row in shown if step in row.intermediate]
+    spread = max(values) - min(values)
+    line = f"at {step} kimg: {len(values)} weightings from {min(values):.4g} to {max(values):.4g} (range {spread:.2g})"
+    floor = noise_floor(rows, step)
     if floor is None:
-        lines.append("spread between training seeds: not measured; raise seeds.control_repeats")
-        return lines
-    ratio = (max(finished) - min(finished)) / floor.sd if floor.sd > 0 else math.inf
-    lines.append(
-        f"spread between training seeds: standard deviation {floor.sd:.3g}, largest range {floor.largest_range:.3g} "
-        f"({floor.num_controls} controls on {floor.num_seeds} seeds each)"
-    )
-    lines.append(
-        f"range between weightings / standard deviation between seeds: {ratio:.1f}; "
-        f"differences below about {2 * math.sqrt(2) * floor.sd:.2g} are not findings"
-    )
-    return lines
+        return [f"{line}; the spread between training seeds is not known: raise seeds.control_repeats"]
+    ratio = f"{spread / floor.sd:.1f}" if floor.sd > 0 else "infinitely many"
+    return [
+        f"{line}; between training seeds: standard deviation {floor.sd:.2g}, largest range {floor.largest_range:.2g} "
+        f"({floor.num_controls} controls, {floor.num_seeds} seeds each); {ratio} standard deviations"
+    ]
+
+
+def _verdict(rows: list[Row]) -> list[str]:
+    """What may be said of the best searched trial: beside the best control, and above the noise or not."""
+    best, floor = ranked(rows, searched_only=True)[:1], noise_floor(rows)
+    controls = [row for row in ranked(rows) if not row.is_search]
+    if not best or not controls or floor is None:
+        return []
+    gain = (controls[0].value or 0.0) - (best[0].value or 0.0)
+    verdict = "more than" if gain > floor.finding else "not distinguishable from 0 by"
+    return [
+        f"best trial against {controls[0].role}: better by {gain:.2g}, {verdict} the {floor.finding:.2g} "
+        "that single runs differ by through their seed alone"
+    ]
 
 
 def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5) -> Table:
@@ -118,7 +144,7 @@ def show_object(store: StudyStore, rows: list[Row]) -> dict[str, Any]:
         "study": store.name,
         "directions": ["minimize"],
         "metric": store.study.metric,
-        "noise_floor": None if floor is None else {"sd": floor.sd, "largest_range": floor.largest_range},
+        "noise_floor": None if floor is None else asdict(floor),
         "trials": [trial_object(row) for row in rows],
     }
 
@@ -137,6 +163,7 @@ def trial_object(row: Row) -> dict[str, Any]:
         "intermediate": {str(step): value for step, value in sorted(row.intermediate.items())},
         "seeds": list(row.seeds),
         "by_seed": {str(seed): value for seed, value in row.by_seed.items()},
+        "repeats": [list(score) for score in row.repeats],
         "duration_s": row.duration_s,
         "reason": row.reason,
         "retry_of": row.retry_of,

@@ -95,7 +95,7 @@ class Conductor:
                 self._end(tune_id)
                 return str(TrialScheduler.STOP)
         if done:
-            self._store.complete(claim.number, value, dict(result["by_seed"]))
+            self._store.complete(claim.number, value, result["repeats"])
             self._board.ended(claim, "COMPLETE", value)
             self._end(tune_id)
         return str(TrialScheduler.CONTINUE)

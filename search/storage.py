@@ -17,7 +17,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -267,16 +267,16 @@ class StudyStore:
             self._beat(trial)
             return may_prune and trial.should_prune()
 
-    def complete(self, number: int, value: float, by_seed: dict[int, float] | None = None) -> None:
-        """The trial ended with its result.
+    def complete(self, number: int, value: float, repeats: Sequence[tuple[int, int, float]] = ()) -> None:
+        """The trial ended with its result, and its scores (seed, kimg, value) on further seeds, if it ran on such.
 
         Raises:
             LeaseLost: the trial is no longer ours; nothing was stored.
         """
         trial = self._owned(number)
         with _late(number):
-            if by_seed:
-                trial.set_user_attr("by_seed", {str(seed): v for seed, v in by_seed.items()})
+            if repeats:
+                trial.set_user_attr("repeats", [list(score) for score in repeats])
             self._optuna.tell(trial, value)
         del self._live[number]
 
@@ -384,7 +384,7 @@ def _row(trial: FrozenTrial) -> Row:
         seeds=tuple(attributes.get("seeds", ())),
         value=trial.value if trial.state in _COUNTED else None,
         intermediate=finite,
-        by_seed={int(seed): value for seed, value in attributes.get("by_seed", {}).items()},
+        repeats=tuple((int(seed), int(step), float(value)) for seed, step, value in attributes.get("repeats", [])),
         duration_s=duration,
         reason=reason if trial.state == TrialState.FAIL else None,
         owner=attributes.get("owner"),

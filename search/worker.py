@@ -61,6 +61,6 @@ def _events(method: Method, task: Task, repeats: tuple[int, ...]) -> Iterator[di
             return
         else:
             final = event.done >= 1
-            result = {"event": "score", "value": event.value, "by_seed": list(event.by_seed), "done": final}
+            result = {"event": "score", "value": event.value, "repeats": list(event.repeats), "done": final}
         spoke = time.monotonic()
         yield {**result, "kimg": event.kimg, "fraction": event.done}

@@ -368,10 +368,9 @@ def test_a_rate_far_too_large_raises_in_the_interval_after_its_first_step(task):
 
 def test_repeats_report_every_seed_and_leave_the_trials_own_value_alone(task):
     alone = scores(METHOD, task)[-1]
-    (repeated,) = scores(METHOD, task, repeats=(8, 9))
-    by_seed = dict(repeated.by_seed)
-    assert list(by_seed) == [7, 8, 9]
-    assert repeated.value == by_seed[7] == alone.value
-    assert by_seed[8] == scores(METHOD, replace(task, seed=8))[-1].value
-    assert len(set(by_seed.values())) == 3
-    assert alone.by_seed == ()
+    repeated = scores(METHOD, task, repeats=(8, 9))[-1]
+    assert repeated.value == alone.value
+    assert alone.repeats == ()
+    expected = [(seed, s.kimg, s.value) for seed in (8, 9) for s in scores(METHOD, replace(task, seed=seed))]
+    assert list(repeated.repeats) == expected
+    assert len({alone.value, *(value for _, _, value in expected)}) == 1 + len(expected)
