@@ -241,8 +241,8 @@ def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
         click.echo(json.dumps(report.show_object(store, rows), indent=2))
         return
     _print(report.trial_table(store, rows, top=None if full else 5))
-    for line in report.spread_lines(rows):
-        click.echo(line)
+    _print(report.spread_table(rows))
+    click.echo(report.verdict(rows))
     if full and (best := report.ranked(rows, searched_only=True)):
         _print(report.curve_table(best[0]))
 

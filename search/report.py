@@ -55,45 +55,73 @@ def ranked(rows: list[Row], *, searched_only: bool = False) -> list[Row]:
     )
 
 
-def spread_lines(rows: list[Row]) -> list[str]:
-    """The spread between weightings beside the spread between training seeds, at the end and where all trials were."""
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far apart weightings are at one kimg, beside what the training seed alone does there."""
+
+    step: int
+    num_weightings: int
+    lowest: float
+    highest: float
+    floor: NoiseFloor | None
+
+    @property
+    def range(self) -> float:
+        return self.highest - self.lowest
+
+    @property
+    def ratio(self) -> float | None:
+        """Range in standard deviations between seeds."""
+        return self.range / self.floor.sd if self.floor and self.floor.sd > 0 else None
+
+
+def spreads(rows: list[Row]) -> list[Spread]:
+    """At the end, and, where trials were pruned before it, at the last kimg that all trials reached."""
     complete = ranked(rows)
     if len(complete) < 2:
         return []
     last = max(row.last_step or 0 for row in complete)
     shown = [row for row in rows if row.state in ("COMPLETE", "PRUNED") and row.intermediate]
-    common = set.intersection(*(set(row.intermediate) for row in shown))
-    steps = [last, *([max(common)] if common and max(common) < last else [])]
-    lines = [line for step in steps for line in _spread_at(step, rows, shown)]
-    return [*lines, *_verdict(rows)]
+    common = max(set.intersection(*(set(row.intermediate) for row in shown)), default=last)
+    found = []
+    for step in dict.fromkeys((last, common)):
+        values = [row.intermediate[step] for row in shown if step in row.intermediate]
+        floor = noise_floor(rows, step)
+        found.append(
+            Spread(step=step, num_weightings=len(values), lowest=min(values), highest=max(values), floor=floor)
+        )
+    return found
 
 
-def _spread_at(step: int, rows: list[Row], shown: list[Row]) -> list[str]:
-    values = [row.intermediate[step] for row in shown if step in row.intermediate]
-    spread = max(values) - min(values)
-    line = f"at {step} kimg: {len(values)} weightings from {min(values):.4g} to {max(values):.4g} (range {spread:.2g})"
-    floor = noise_floor(rows, step)
-    if floor is None:
-        return [f"{line}; the spread between training seeds is not known: raise seeds.control_repeats"]
-    ratio = f"{spread / floor.sd:.1f}" if floor.sd > 0 else "infinitely many"
-    return [
-        f"{line}; between training seeds: standard deviation {floor.sd:.2g}, largest range {floor.largest_range:.2g} "
-        f"({floor.num_controls} controls, {floor.num_seeds} seeds each); {ratio} standard deviations"
-    ]
+def spread_table(rows: list[Row]) -> Table:
+    """The spread between weightings beside the spread between training seeds."""
+    table = Table(title="weightings against noise", title_justify="left")
+    for column in ("kimg", "weightings", "lowest", "highest", "range", "sd over seeds", "largest", "range / sd"):
+        table.add_column(column, justify="right")
+    for item in spreads(rows):
+        floor = item.floor
+        table.add_row(
+            str(item.step), str(item.num_weightings), _number(item.lowest), _number(item.highest),
+            f"{item.range:.2g}", f"{floor.sd:.2g}" if floor else "not measured",
+            f"{floor.largest_range:.2g}" if floor else "", f"{item.ratio:.1f}" if item.ratio is not None else "",
+        )  # fmt: skip
+    return table
 
 
-def _verdict(rows: list[Row]) -> list[str]:
-    """What may be said of the best searched trial: beside the best control, and above the noise or not."""
+def verdict(rows: list[Row]) -> str:
+    """What may be said of the best searched trial: beside the best control, above the noise or not."""
     best, floor = ranked(rows, searched_only=True)[:1], noise_floor(rows)
     controls = [row for row in ranked(rows) if not row.is_search]
-    if not best or not controls or floor is None:
-        return []
+    if not best or not controls:
+        return "no trial to compare with a control yet"
+    if floor is None:
+        return "the spread between training seeds is not known: raise seeds.control_repeats"
     gain = (controls[0].value or 0.0) - (best[0].value or 0.0)
-    verdict = "more than" if gain > floor.finding else "not distinguishable from 0 by"
-    return [
-        f"best trial against {controls[0].role}: better by {gain:.2g}, {verdict} the {floor.finding:.2g} "
-        "that single runs differ by through their seed alone"
-    ]
+    pair = f"best trial {best[0].number} against {controls[0].role}"
+    noise = f"the {floor.finding:.2g} that two single runs may differ by through their seeds alone"
+    if gain > floor.finding:
+        return f"{pair}: better by {gain:.2g}, more than {noise}"
+    return f"{pair}: not distinguishable, {-gain:+.2g} lies within {noise}"
 
 
 def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5) -> Table:

@@ -196,7 +196,7 @@ def test_show_states_the_noise_floor_of_the_controls_repeats(user, finished) -> 
     assert [len(values) for values in repeats] == [2, 2]
     pooled = math.sqrt(sum((x - y) ** 2 / 2 for x, y in repeats) / 2)
     assert shown["noise_floor"]["sd"] == pytest.approx(pooled)
-    assert "between training seeds: standard deviation" in user.weights("show", "--study", "finished").stdout
+    assert "weightings against noise" in user.weights("show", "--study", "finished").stdout
 
 
 def test_export_writes_a_file_whole_or_not_at_all(user, finished, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from bdense_core.weights import log_linear
 from search.records import Row, count
-from search.report import noise_floor, ranked, spread_lines
+from search.report import noise_floor, ranked, spreads, verdict
 
 
 def row(number: int, value: float, *, role: str = "search", state: str = "COMPLETE", repeats: tuple = ()) -> Row:
@@ -36,20 +36,29 @@ def test_the_noise_floor_pools_the_spread_within_each_control() -> None:
 def test_without_repeats_there_is_no_noise_floor_and_that_is_said() -> None:
     rows = [control(0, (4.0,)), row(1, 3.0)]
     assert noise_floor(rows) is None
-    assert "is not known: raise seeds.control_repeats" in spread_lines(rows)[0]
+    assert "is not known: raise seeds.control_repeats" in verdict(rows)
 
 
 def test_pruned_trials_are_compared_where_all_trials_were() -> None:
     rows = [control(0, (4.0, 4.2)), row(1, 3.0), row(2, 8.0, state="PRUNED")]
-    at_end, in_common, _ = spread_lines(rows)
-    assert at_end.startswith("at 2 kimg: 2 weightings from 3 to 4 ")
-    assert in_common.startswith("at 1 kimg: 3 weightings from 4 to 8 ")
+    at_end, in_common = spreads(rows)
+    assert (at_end.step, at_end.num_weightings, at_end.lowest, at_end.highest) == (2, 2, 3, 4)
+    assert at_end.ratio == pytest.approx(1 / stdev((4.0, 4.2)))
+    assert (in_common.step, in_common.num_weightings, in_common.lowest, in_common.highest) == (1, 3, 4, 8)
+    assert in_common.floor is None, "no control was scored on two seeds at 1 kimg"
 
 
-@pytest.mark.parametrize(("best", "words"), [(3.9, "not distinguishable from 0 by"), (2.0, "better by 2, more than")])
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [
+        (3.9, "not distinguishable, -0.1 lies within"),
+        (4.05, "not distinguishable, +0.05"),
+        (2.0, "better by 2, more than"),
+    ],
+)
 def test_a_gain_within_the_noise_is_not_called_one(best: float, words: str) -> None:
     rows = [control(0, (4.0, 4.2, 4.1)), row(1, best)]
-    assert words in spread_lines(rows)[-1]
+    assert words in verdict(rows)
 
 
 def test_rows_are_ranked_by_value_then_number_and_only_if_they_ended() -> None:
