@@ -22,7 +22,7 @@ from bdense_core.task import Score
 from search.spec import load_study, studies_folder
 
 
-def training_seconds(kimg: float, cache_root: Path) -> float:
+def training_seconds(kimg: int, cache_root: Path) -> float:
     """Seconds of a whole trial, from the teacher's file to a first score of 65 samples, which costs next to nothing."""
     study = load_study(
         studies_folder() / "digits.yaml",
@@ -36,14 +36,14 @@ def training_seconds(kimg: float, cache_root: Path) -> float:
 
 
 @click.command()
-@click.option("--kimg", default=2.0, show_default=True)
+@click.option("--kimg", default=2, show_default=True)
 @click.option("--pairs", default=3, show_default=True)
-def main(kimg: float, pairs: int) -> None:
+def main(kimg: int, pairs: int) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     without, cached = [], []
     with tempfile.TemporaryDirectory(prefix="bdense-") as name:
-        training_seconds(0.2, Path(name) / "warm-up")
+        training_seconds(1, Path(name) / "warm-up")
         training_seconds(kimg, Path(name) / "shared")
         for pair in range(pairs):
             without.append(training_seconds(kimg, Path(name) / f"own-{pair}"))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from search.storage import StudyStore
 
 _INTERRUPTED = 130
+_WIDE = 138
+"""Columns that a table of trials needs to show everything."""
 
 storage_option = click.option(
     "--storage", metavar="URL", help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server."
@@ -131,6 +133,7 @@ def show(name: str, storage: str | None, form: str, plot: Path | None) -> None:
     if plot is not None:
         if plot.suffix.lower() != ".png":
             raise BadValue(f"--plot writes PNG files, got {plot}; name it {plot.with_suffix('.png')}")
+        _check_folder(plot)
         from search.figures import save_png
 
         try:
@@ -188,11 +191,13 @@ def server(action: str) -> None:
     click.echo(f"running: {state.running}\ndata: {state.data_folder}\nlog: {state.log_path}")
 
 
-def main(arguments: list[str] | None = None, prog_name: str = "bdense-weights") -> NoReturn:
+def main(
+    arguments: list[str] | None = None, *, command: click.Command = commands, prog_name: str = "bdense-weights"
+) -> NoReturn:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        commands.main(arguments, prog_name=prog_name, standalone_mode=False)
+        command.main(arguments, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -200,10 +205,11 @@ def main(arguments: list[str] | None = None, prog_name: str = "bdense-weights") 
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        _say("interrupted")
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if _is_database_error(error):
-            _say(f"error: the database failed: {str(error).strip().splitlines()[0]}; finished trials are kept")
+            _say("error: the database went away; finished trials are kept. Run the same command again once it is back")
             sys.exit(1)
         raise
     sys.exit(0)
@@ -240,7 +246,7 @@ def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
     if form == "json":
         click.echo(json.dumps(report.show_object(store, rows), indent=2))
         return
-    _print(report.trial_table(store, rows, top=None if full else 5))
+    _print(report.trial_table(store, rows, top=None if full else 5, wide=_width() >= _WIDE))
     _print(report.spread_table(rows))
     click.echo(report.verdict(rows))
     if full and (best := report.ranked(rows, searched_only=True)):
@@ -257,10 +263,15 @@ def _print_plan(resolved: dict[str, Any], plan: dict[str, Any], form: str) -> No
 def _print(table: Any) -> None:
     from rich.console import Console
 
+    Console(width=_width()).print(table)
+
+
+def _width() -> int:
+    """The terminal's width; a file has room for whole tables."""
+    from rich.console import Console
+
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    return console.width if console.is_terminal else 160
 
 
 def _yaml(content: dict[str, Any]) -> str:
@@ -273,10 +284,16 @@ def _yaml(content: dict[str, Any]) -> str:
 def _write(path: Path, text: str) -> None:
     from bdense_core.files import write_text_atomically
 
+    _check_folder(path)
     try:
         write_text_atomically(path, text)
     except OSError as error:
         raise BDenseError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise BDenseError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another")
 
 
 def _program() -> str:

@@ -81,7 +81,8 @@ def _clean_fid() -> str:
     try:
         importlib.import_module("cleanfid.features")
     except Exception as error:  # noqa: BLE001  (a torchvision that does not match torch fails in its own ways)
-        return f"not usable: {str(error).splitlines()[0]}; install the torchvision that matches torch"
+        reason = str(error).splitlines()[0]
+        return f"not usable: {reason}; only FID on Inception features needs it, with the torchvision that matches torch"
     return "usable"
 
 

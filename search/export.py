@@ -1,11 +1,11 @@
 """The weights file that transfer runs read."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from search.errors import NothingFinished
 from search.records import Row
-from search.report import ranked
+from search.report import noise_floor, ranked, verdict
 from search.storage import StudyStore
 
 SCHEMA = "bdense-weights/1"
@@ -23,7 +23,9 @@ def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
     Raises:
         NothingFinished: no searched trial has run to its end.
     """
-    candidates = ranked(store.rows(), searched_only=True)[:top]
+    rows = store.rows()
+    floor = noise_floor(rows)
+    candidates = ranked(rows, searched_only=True)[:top]
     if not candidates:
         counts = store.counts()
         raise NothingFinished(
@@ -42,7 +44,16 @@ def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
         "target_space": study.spec.method.target_space,
         "index_origin": study.spec.space.index_origin,
         **_candidate(candidates[0], context),
+        "formula": "w_k = exp(a (k + index_origin) + b), k = 0 .. num_branches - 1, first branch to last",
         "candidates": [_candidate(row, context) for row in candidates],
+        "controls": [
+            {"role": row.role, **_candidate(row, context), "by_seed": {str(s): v for s, v in row.by_seed.items()}}
+            for row in ranked(rows)
+            if not row.is_search
+        ],
+        "noise_floor": None if floor is None else asdict(floor),
+        "verdict": verdict(rows),
+        "protocol": study.evaluation.protocol.to_dict() if study.evaluation else None,
         "provenance": store.provenance(),
         "spec": store.stored_spec,
     }

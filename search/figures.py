@@ -22,6 +22,7 @@ _COLORS = ("#1f77b4", "#17becf", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#7
 class Curve:
     """Shares of one trial's branches, first to last."""
 
+    number: int
     label: str
     shares: tuple[float, ...]
     is_control: bool
@@ -43,7 +44,9 @@ def curves(rows: list[Row]) -> list[Curve]:
     """The best searched trials and every control, best first."""
     shown = ranked(rows, searched_only=True)[:NUM_CURVES] + [row for row in ranked(rows) if not row.is_search]
     return [
-        Curve(label=f"{_name(row)}: {row.value:.3g}", shares=row.shares, is_control=not row.is_search)
+        Curve(
+            number=row.number, label=f"{_name(row)}: {row.value:.3g}", shares=row.shares, is_control=not row.is_search
+        )
         for row in sorted(shown, key=lambda row: (row.value, row.number))
     ]
 
@@ -147,10 +150,10 @@ def _layout(title: str, x: str, y: str) -> dict[str, Any]:
 
 
 def _draw_curves(axes: Any, rows: list[Row]) -> None:
-    for index, curve in enumerate(curves(rows)):
+    for curve, color in zip(curves(rows), _COLORS, strict=False):
         style = "--" if curve.is_control else "-"
         branches = range(1, len(curve.shares) + 1)
-        axes.plot(branches, curve.shares, style, marker="o", label=curve.label, color=_COLORS[index % len(_COLORS)])
+        axes.plot(branches, curve.shares, style, marker="o", label=curve.label, color=color)
     axes.set(title="weight curves", xlabel="branch", ylabel="share", xticks=list(branches))
     axes.legend(fontsize=8)
 
@@ -172,7 +175,7 @@ def _draw_map(axes: Any, rows: list[Row], metric: str) -> None:
     for p in drawn:
         axes.annotate(f"{p.value:.3g}", (p.a, p.b), textcoords="offset points", xytext=(4, 5), fontsize=7)
     axes.figure.colorbar(dots, ax=axes, label=metric)
-    axes.set(title="map of (a, b)", xlabel="a (slope)", ylabel="b (intercept)")
+    axes.set(title="map of (a, b); pruned trials at their last value", xlabel="a (slope)", ylabel="b (intercept)")
     axes.legend(fontsize=8)
 
 
@@ -181,16 +184,18 @@ def _kind(point: Point) -> str:
 
 
 def _draw_scores(axes: Any, rows: list[Row], metric: str) -> None:
-    best = {row.number for row in ranked(rows, searched_only=True)[:NUM_CURVES]}
+    colors = {curve.number: color for curve, color in zip(curves(rows), _COLORS, strict=False)}
     for row in rows:
         if not row.intermediate:
             continue
         steps = sorted(row.intermediate)
-        highlighted = row.number in best or not row.is_search
+        highlighted = row.number in colors
         axes.plot(
             steps, [row.intermediate[step] for step in steps], "--" if not row.is_search else "-",
-            marker="x" if row.state == "PRUNED" else ".", color=None if highlighted else "0.75",
+            marker="x" if row.state == "PRUNED" else ".", color=colors.get(row.number, "0.75"),
             label=_name(row) if highlighted else None, zorder=2 if highlighted else 1,
         )  # fmt: skip
     axes.set(title="score while training", xlabel="kimg", ylabel=metric, yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=8)

@@ -111,12 +111,15 @@ def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_
         BDenseError: whatever stopped it; finished trials are kept.
     """
     preflight(study, settings)
+    ray_environment.check_reachable(settings.ray_address)
     url = storage_url(settings)
     lease = study.spec.lease
     database = Database(url, heartbeat_s=lease.heartbeat_s, grace_s=lease.grace_s, max_retries=lease.max_retries)
     store = database.create_or_resume(study)
-    store.reap()
-    say(f"study {study.name} in {mask(url)}")
+    place = mask(url) if settings.storage else f"the embedded PostgreSQL of {settings.home}"
+    say(f"study {study.name} in {place}")
+    if lost := store.reap():
+        say(f"{lost} lost trial(s) of an earlier launch put back into the queue")
     if _nothing_left(store):
         say(f"nothing left to do: {study.spec.budget.trials} trials and all controls have ended")
         return Outcome(store=store, interrupted=False, given_back=0)
@@ -141,7 +144,13 @@ def _run(store: StudyStore, settings: Settings) -> Outcome:
     study = store.study
     with placement.cluster(settings.ray_address):
         slots = placement.slots(study.spec.resources)
-        board = Board(metric=study.metric, trials=study.spec.budget.trials, controls=len(study.controls()), slots=slots)
+        board = Board(
+            metric=study.metric,
+            trials=study.spec.budget.trials,
+            controls=len(study.controls()),
+            control_runs=study.spec.seeds.control_repeats,
+            slots=slots,
+        )
         board.resume(store.rows(), store.counts())
         conductor = Conductor(
             store, board, slots=slots, cache_root=settings.cache, max_failures=study.spec.budget.max_failures

@@ -8,9 +8,9 @@ def _main() -> None:
     # Run as a script, Python puts this folder first on the import path; the package is one above.
     root = str(Path(__file__).resolve().parent.parent)
     sys.path[:] = [root, *(entry for entry in sys.path if entry != str(Path(__file__).resolve().parent))]
-    from search.cli import main
+    from search.cli import launch, main
 
-    main(["launch", *sys.argv[1:]], prog_name="launch_study.py")
+    main(command=launch, prog_name="python search/launch_study.py")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,6 @@ from ray.tune.search import Searcher
 from search.errors import ClusterError
 from search.spec import ResourcesSection
 from search.worker import run_trial
-
-_JOIN_TIMEOUT_S = 20
 
 
 class TrialActor(tune.Trainable):
@@ -61,7 +60,6 @@ def cluster(address: str | None) -> Iterator[None]:
         if address is None:
             ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
         else:
-            _check_reachable(address)
             ray.init(address=address, **quiet)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
         place = "a local Ray does not start" if address is None else f"no Ray cluster answers at {address}"
@@ -71,18 +69,6 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself retries an unreachable address for long; ask the socket first."""
-    import socket
-
-    if address in ("auto", "local") or "://" in address:
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError("an address is HOST:PORT, for example 10.0.0.5:6379")
-    socket.create_connection((host, int(port)), timeout=_JOIN_TIMEOUT_S).close()
 
 
 def slots(resources: ResourcesSection) -> int:
@@ -139,11 +125,12 @@ def run_all(
         def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
             tick()
 
+    name = f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     tuner = tune.Tuner(
         tune.with_resources(TrialActor, request),
         tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            name=name,
             storage_path=str(folder),
             verbose=0,
             stop=_StopWhen(stop_asked),
@@ -155,3 +142,5 @@ def run_all(
         tuner.fit()
     except RayError as error:
         raise ClusterError(f"the Ray cluster went away: {str(error).splitlines()[0]}; run the command again") from error
+    finally:
+        shutil.rmtree(folder / name, ignore_errors=True)  # Tune's own notes; the database has what matters

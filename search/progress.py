@@ -28,7 +28,11 @@ class _Line:
 class Board:
     """What happens in a launch, for the person who watches."""
 
-    def __init__(self, *, metric: str, trials: int, controls: int, slots: int, console: Console | None = None) -> None:
+    def __init__(
+        self, *, metric: str, trials: int, controls: int, control_runs: int, slots: int, console: Console | None = None
+    ) -> None:
+        """`control_runs`: training runs of one control, one for each of its seeds."""
+        self._control_runs = control_runs
         self._console = console or Console(stderr=True)
         self._metric = metric
         self._trials, self._controls, self._slots = trials, controls, slots
@@ -43,7 +47,9 @@ class Board:
     def resume(self, rows: list[Row], counts: Counts) -> None:
         """Begin from what is stored."""
         self._counted, self._controls_done = counts.counted, counts.controls_done
-        self._durations = [row.duration_s for row in rows if row.state == "COMPLETE" and row.duration_s]
+        self._durations = [
+            row.duration_s / max(1, len(row.seeds)) for row in rows if row.state == "COMPLETE" and row.duration_s
+        ]
         for row in rows:
             if row.state == "COMPLETE" and row.value is not None:
                 self._consider(row.value, f"trial {row.number} ({row.role})")
@@ -89,7 +95,7 @@ class Board:
             if state == "COMPLETE":
                 self._consider(value, f"trial {claim.number} ({claim.role})")
                 if line:
-                    self._durations.append(time.monotonic() - line.started)
+                    self._durations.append((time.monotonic() - line.started) / len(claim.seeds))
             left = self._time_left()
         self._say(
             f"trial {claim.number} {claim.role} {state} {self._metric} {value:.4g} | "
@@ -121,18 +127,19 @@ class Board:
         return "none yet" if self._best is None else f"{self._best[0]:.4g} by {self._best[1]}"
 
     def _time_left(self) -> str:
-        """From the mean duration of finished trials; before the first one, from how far the running ones are."""
+        """From the mean duration of finished runs; before the first one, from how far the running ones are."""
         now = time.monotonic()
-        open_runs = (self._trials - self._counted) + (self._controls - self._controls_done)
-        if open_runs <= 0:
+        controls_left = self._controls - self._controls_done
+        runs_left = (self._trials - self._counted) + controls_left * self._control_runs
+        if runs_left <= 0:
             return "done"
-        known = [(now - line.started) / line.done for line in self._lines.values() if line.done > 0.1]
+        lines = [(line, len(line.claim.seeds)) for line in self._lines.values()]
+        known = [(now - line.started) / (line.done * runs) for line, runs in lines if line.done > 0.1]
         durations = self._durations or known
         if not durations:
-            return "time left: not known yet"
-        mean = sum(durations) / len(durations)
-        behind = sum(min(line.done, 1.0) for line in self._lines.values())
-        seconds = max(0.0, open_runs - behind) * mean / max(1, min(self._slots, open_runs))
+            return "time left not known yet"
+        behind = sum(min(line.done, 1.0) * runs for line, runs in lines)
+        seconds = max(0.0, runs_left - behind) * sum(durations) / len(durations) / min(self._slots, runs_left)
         return f"about {_clock(seconds)} left"
 
     def _render(self) -> RenderableType:
@@ -141,19 +148,20 @@ class Board:
             done = self._counted + self._controls_done
             head = Text.assemble(
                 (f"{self._counted}/{self._trials} trials", "bold"),
-                f"  {self._controls_done}/{self._controls} controls  best {self._metric} ",
-                (self._best_text(), "bold green"),
-                f"  {_clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
+                f", {self._controls_done}/{self._controls} controls; ",
+                f"{_clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
             )
+            best = Text.assemble(f"best {self._metric} ", (self._best_text(), "bold green"))
             table = Table(box=None, pad_edge=False, header_style="dim")
-            for column in ("trial", "role", "shares", "phase", "kimg", self._metric, ""):
-                table.add_column(column)
+            for column in ("trial", "role", "phase", "kimg", self._metric, ""):
+                table.add_column(column, no_wrap=True)
             for number, line in sorted(self._lines.items()):
                 value = "" if line.value is None else f"{line.value:.4g}"
-                bar = ProgressBar(total=1.0, completed=line.done, width=20)
-                row = (str(number), line.claim.role, _shares(line.claim), line.phase, f"{line.kimg:.1f}", value, bar)
+                bar = ProgressBar(total=1.0, completed=line.done, width=16)
+                row = (str(number), line.claim.role, line.phase, f"{line.kimg:.1f}", value, bar)
                 table.add_row(*row)
-            return Group(ProgressBar(total=max(total, 1), completed=done, width=60), head, table)
+            bar = ProgressBar(total=max(total, 1), completed=done, width=min(60, self._console.width))
+            return Group(bar, head, best, table)
 
 
 def _shares(claim: Claim) -> str:

@@ -2,6 +2,11 @@
 
 import os
 import secrets
+import socket
+
+from search.errors import ClusterError
+
+_JOIN_TIMEOUT_S = 20
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,3 +28,22 @@ def prepare(ray_address: str | None) -> None:
     if ray_address is None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         os.environ.pop("RAY_ADDRESS", None)
+
+
+def check_reachable(address: str | None) -> None:
+    """Ask the cluster's socket before anything is made; Ray itself retries an unreachable address for long.
+
+    Raises:
+        ClusterError: nobody listens there, or it is no address.
+    """
+    if address is None or address in ("auto", "local") or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        if not host or not port.isdigit():
+            raise OSError("an address is HOST:PORT, for example 10.0.0.5:6379")
+        socket.create_connection((host, int(port)), timeout=_JOIN_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {error}; check --ray-address, or leave it out for a local Ray"
+        ) from error

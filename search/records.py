@@ -36,6 +36,8 @@ class Row:
     """Scores on further training seeds: (seed, kimg, value)."""
     duration_s: float | None
     reason: str | None
+    is_final: bool
+    """A failure of the run itself: it would fail again, so nobody retries it."""
     owner: str | None
     retry_of: int | None
     protocol: str | None

@@ -95,16 +95,21 @@ def spreads(rows: list[Row]) -> list[Spread]:
 
 def spread_table(rows: list[Row]) -> Table:
     """The spread between weightings beside the spread between training seeds."""
-    table = Table(title="weightings against noise", title_justify="left")
-    for column in ("kimg", "weightings", "lowest", "highest", "range", "sd over seeds", "largest", "range / sd"):
+    table = Table(title="weightings against noise", title_justify="left", caption_justify="left")
+    table.caption = "sd over seeds: of one weighting on other training seeds, pooled over the controls"
+    for column in ("kimg", "weightings", "lowest", "highest", "range", "sd over seeds", "range / sd"):
         table.add_column(column, justify="right")
     for item in spreads(rows):
         floor = item.floor
         table.add_row(
-            str(item.step), str(item.num_weightings), _number(item.lowest), _number(item.highest),
-            f"{item.range:.2g}", f"{floor.sd:.2g}" if floor else "not measured",
-            f"{floor.largest_range:.2g}" if floor else "", f"{item.ratio:.1f}" if item.ratio is not None else "",
-        )  # fmt: skip
+            str(item.step),
+            str(item.num_weightings),
+            _number(item.lowest),
+            _number(item.highest),
+            f"{item.range:.2g}",
+            f"{floor.sd:.2g}" if floor else "not measured",
+            f"{item.ratio:.1f}" if item.ratio is not None else "",
+        )
     return table
 
 
@@ -116,29 +121,51 @@ def verdict(rows: list[Row]) -> str:
         return "no trial to compare with a control yet"
     if floor is None:
         return "the spread between training seeds is not known: raise seeds.control_repeats"
-    gain = (controls[0].value or 0.0) - (best[0].value or 0.0)
-    pair = f"best trial {best[0].number} against {controls[0].role}"
-    noise = f"the {floor.finding:.2g} that two single runs may differ by through their seeds alone"
+    rival = min(controls, key=lambda row: mean(row.by_seed.values()))  # over its seeds, not by one lucky one
+    gain = (rival.value or 0.0) - (best[0].value or 0.0)
+    pair = f"best trial {best[0].number} against {rival.role}"
+    noise = f"the {floor.finding:.2g} that two single runs may differ by through their seeds alone (2 √2 sd)"
     if gain > floor.finding:
         return f"{pair}: better by {gain:.2g}, more than {noise}"
     return f"{pair}: not distinguishable, {-gain:+.2g} lies within {noise}"
 
 
-def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5) -> Table:
-    """The best trials and all controls, best first, each with its weights and its seeds."""
-    best = ranked(rows, searched_only=True)[:top]
+def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5, wide: bool = True) -> Table:
+    """The best trials and all controls, best first, and with `top` of None the pruned ones below.
+
+    A narrow table leaves out what the weights say anyway, rather than cut a name short.
+    """
+    best = ranked(rows, searched_only=True)
     controls = [row for row in rows if not row.is_search and row.state in ("COMPLETE", "RUNNING")]
-    shown = sorted([*best, *controls], key=lambda row: (row.value is None, row.value, row.number))
+    pruned = [row for row in rows if row.state == "PRUNED"]
+    shown = sorted([*best[:top], *controls], key=lambda row: (row.value is None, row.value, row.number))
     table = Table(title=f"{store.name}: {store.study.metric}, lower is better", title_justify="left")
-    for column in ("trial", "role", "a", "b", "shares", store.study.metric, "mean over seeds", "state"):
-        table.add_column(column, justify="left" if column in ("role", "shares", "state") else "right")
-    for row in shown:
-        table.add_row(
-            str(row.number), row.role, _number(row.params.get("a")), _number(row.params.get("b")),
-            " ".join(f"{share:.3f}" for share in row.shares), _number(row.value), _over_seeds(row), row.state,
-            style=None if row.is_search else "cyan",
-        )  # fmt: skip
+    columns = ["trial", "role", "a", "b", "shares", store.study.metric, "mean over seeds", "state"]
+    kept = columns if wide else ["trial", "role", "a", "shares", store.study.metric]
+    for column in kept:
+        table.add_column(column, justify="left" if column in ("role", "shares", "state") else "right", no_wrap=True)
+    for row in [*shown, *(pruned if top is None else [])]:
+        cells = dict(zip(columns, _cells(row, wide=wide), strict=True))
+        style = "dim" if row.state == "PRUNED" else None if row.is_search else "cyan"
+        table.add_row(*(cells[column] for column in kept), style=style)
+    hidden = len(best) - len(best[:top])
+    if top is not None and (hidden or pruned):
+        table.caption = f"not shown: {hidden} more that ran to the end, {len(pruned)} pruned"
     return table
+
+
+def _cells(row: Row, *, wide: bool) -> tuple[str, ...]:
+    is_pruned = row.state == "PRUNED"
+    return (
+        str(row.number),
+        row.role,
+        _number(row.params.get("a")),
+        _number(row.params.get("b")),
+        " ".join(f"{share:.3f}" if wide else f"{share:.2f}" for share in row.shares),
+        f"({_number(row.value)})" if is_pruned else _number(row.value),
+        _over_seeds(row),
+        f"PRUNED at {row.last_step} kimg" if is_pruned else row.state,
+    )
 
 
 def curve_table(row: Row) -> Table:
@@ -154,13 +181,13 @@ def curve_table(row: Row) -> Table:
 def study_table(summaries: list[StudySummary]) -> Table:
     """One line a study."""
     table = Table()
-    for column in ("study", "metric", "trials", "controls", "running", "failed", "best", "created"):
-        table.add_column(column)
+    for column in ("study", "metric", "trials", "controls", "running", "waiting", "failed", "best", "created"):
+        table.add_column(column, no_wrap=column != "created")
     for item in summaries:
         counts = item.counts
         table.add_row(
             item.name, item.metric, str(counts.counted), str(counts.controls_done), str(counts.running),
-            str(counts.failed), _number(item.best), item.created,
+            str(counts.waiting), str(counts.failed), _number(item.best), item.created,
         )  # fmt: skip
     return table
 

@@ -50,8 +50,8 @@ class LogLinear(BaseModel):
         """The weights that a proposal stands for."""
         return log_linear(params["a"], params["b"], num_branches, index_origin=self.index_origin)
 
-    def params_of(self, weights: Weights) -> Params | None:
-        """The parameters of given weights, or None where this family or its ranges do not hold them.
+    def params_of(self, weights: Weights, *, within_ranges: bool = True) -> Params | None:
+        """The parameters of given weights, or None where this family, or its ranges, do not hold them.
 
         Controls whose weights the sampler could have proposed become known to it this way.
         """
@@ -60,7 +60,7 @@ class LogLinear(BaseModel):
         a = math.log(weights[-1] / weights[0]) / (len(weights) - 1)
         b = math.log(weights[0]) - a * self.index_origin
         params = {"a": a, "b": b}
-        fits = all(low <= params[name] <= high for name, (low, high) in self.axes().items())
+        fits = not within_ranges or all(low <= params[name] <= high for name, (low, high) in self.axes().items())
         exact = all(
             math.isclose(u, v, rel_tol=1e-9) for u, v in zip(self.weights(params, len(weights)), weights, strict=True)
         )

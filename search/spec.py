@@ -220,12 +220,19 @@ def load_study(path: Path, *, name: str | None = None, overrides: tuple[str, ...
         ConfigError: the file is missing or wrong; the message says which key and what is known.
         CheckpointError: a file that it names is missing.
     """
+    path = path if path.exists() else _shipped(path)
     values = _read(path)
     for override in overrides:
         _override(values, override)
     if name is not None:
         values["name"] = name
     return _resolve(_validate(values, str(path)), path.parent)
+
+
+def _shipped(path: Path) -> Path:
+    """A shipped study by its bare name, with or without the ending; else the path as it is."""
+    shipped = studies_folder() / path.with_suffix(".yaml").name
+    return shipped if path.parent == Path() and path.suffix in ("", ".yaml") and shipped.exists() else path
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -332,6 +339,7 @@ def _kind_of(method: Any) -> Any:
 
 
 def _resolve(spec: StudySpec, folder: Path) -> Study:
+    _check_sense(spec)
     if spec.method.kind == "synthetic":
         return Study(spec=spec, teacher=None, evaluation=None)
     section = spec.evaluation or EvaluationSection()
@@ -348,6 +356,19 @@ def _resolve(spec: StudySpec, folder: Path) -> Study:
         batch=section.batch,
     )
     return Study(spec=spec, teacher=_file(spec.teacher, "teacher", folder), evaluation=evaluation)
+
+
+def _check_sense(spec: StudySpec) -> None:
+    """What each section alone cannot know."""
+    if len(spec.method.terms) < 2:
+        raise BadValue("method.num_branches must be at least 2: a single branch has no weights to search")
+    if spec.method.budget_kimg != int(spec.method.budget_kimg):
+        raise BadValue(f"method.budget_kimg must be whole, as scores come at whole kimg; got {spec.method.budget_kimg}")
+    datasets = sorted({asset.partition("/")[0] for asset in assets.names()})
+    if spec.dataset not in datasets:
+        raise BadValue(f"dataset is {spec.dataset!r}; known: {', '.join(datasets)}")
+    if spec.teacher in datasets and spec.teacher != spec.dataset:
+        raise BadValue(f"the teacher {spec.teacher!r} does not belong to the dataset {spec.dataset!r}")
 
 
 def _file(name: str, role: str, folder: Path) -> HashedFile:

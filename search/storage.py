@@ -192,13 +192,19 @@ class StudyStore:
 
     def enqueue_missing_controls(self) -> None:
         """Put every control that neither ran nor waits into the queue."""
-        present = {row.role for row in self.rows() if row.state != "FAIL"}
+        present = {row.role for row in self.rows() if row.state != "FAIL" or row.is_final}
         for name, weights in self.study.controls().items():
             role = CONTROL + name
             if role not in present:
-                attributes = {"role": role, "weights": list(weights), "seeds": list(self.study.control_seeds())}
-                params = self.study.spec.space.params_of(weights) or {}
-                self._optuna.enqueue_trial(params, user_attrs=attributes)
+                attributes: dict[str, Any] = {
+                    "role": role,
+                    "weights": list(weights),
+                    "seeds": list(self.study.control_seeds()),
+                }
+                space = self.study.spec.space
+                if shown := space.params_of(weights, within_ranges=False):
+                    attributes["params"] = shown
+                self._optuna.enqueue_trial(space.params_of(weights) or {}, user_attrs=attributes)
 
     # -- a trial's life
 
@@ -326,20 +332,21 @@ class StudyStore:
         Lost are trials whose heartbeat is older than the grace period, and trials of a launcher of this
         machine whose process is gone. Rows that never had a heartbeat get one, and then the same grace.
         """
-        before = self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        optuna.storages.fail_stale_trials(self._optuna)
-        with self._database.exclusive(self.name):
+        with self._database.exclusive(self.name):  # a claim in another launcher is RUNNING before its first heartbeat
+            before = self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            optuna.storages.fail_stale_trials(self._optuna)
             for trial in before:
                 owner = trial.user_attrs.get("owner")
                 if owner and _is_dead_here(owner) and self._is_running(trial):
                     self._expire(trial._trial_id, "its launcher ended without giving it back", retry=True)
                 elif not self._has_heartbeat(trial) and _age(trial) > timedelta(seconds=self._database.grace_s):
                     self._database.storage.record_heartbeat(trial._trial_id)
-        return sum(not self._is_running(trial) for trial in before)
+        return sum(self._database.storage.get_trial(trial._trial_id).state == TrialState.FAIL for trial in before)
 
     def _expire(self, trial_id: int, reason: str, *, retry: bool) -> None:
         storage = self._database.storage
         storage.set_trial_user_attr(trial_id, "reason", reason)
+        storage.set_trial_user_attr(trial_id, "final", not retry)
         if storage.set_trial_state_values(trial_id, TrialState.FAIL) and retry:
             self._database._retry(self._optuna, storage.get_trial(trial_id))
 
@@ -379,7 +386,7 @@ def _row(trial: FrozenTrial) -> Row:
         number=trial.number,
         state=trial.state.name,
         role=attributes.get("role", SEARCH),
-        params=dict(trial.params),
+        params=dict(trial.params or attributes.get("params", {})),
         weights=tuple(attributes.get("weights", ())),
         seeds=tuple(attributes.get("seeds", ())),
         value=trial.value if trial.state in _COUNTED else None,
@@ -388,6 +395,7 @@ def _row(trial: FrozenTrial) -> Row:
         duration_s=duration,
         reason=reason if trial.state == TrialState.FAIL else None,
         owner=attributes.get("owner"),
+        is_final=bool(attributes.get("final")),
         retry_of=RetryHeartbeatStaleTrialCallback.retried_trial_number(trial),
         protocol=attributes.get("protocol"),
     )

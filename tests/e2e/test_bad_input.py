@@ -38,6 +38,9 @@ def complains(done: subprocess.CompletedProcess[str], code: int, *words: str) ->
         (("--set", "resources.cpus=none"), ("resources.cpus",)),
         (("--set", "nonsense"), ("KEY=VALUE",)),
         (("--study", "a b"), ("name",)),
+        (("--set", "dataset=cifar10"), ("dataset is 'cifar10'", "digits")),
+        (("--set", "method.num_branches=1"), ("at least 2",)),
+        (("--set", "method.budget_kimg=2.5"), ("must be whole", "2.5")),
         (("--storage", "sqlite:///x.db"), ("PostgreSQL",)),
     ],
 )
@@ -103,10 +106,10 @@ def test_an_unreachable_database_is_named_without_its_password(newcomer) -> None
         assert "hunter2" not in done.stderr + done.stdout
 
 
-def test_an_unreachable_ray_cluster_ends_the_launch_and_keeps_the_study(user) -> None:
-    done = user.launch(str(SYNTHETIC), "--study", "noray", *QUICK, "--ray-address", "127.0.0.1:1")
+def test_an_unreachable_ray_cluster_ends_the_launch_before_anything_is_made(newcomer) -> None:
+    done = newcomer.launch(str(SYNTHETIC), *QUICK, "--ray-address", "127.0.0.1:1")
     complains(done, 1, "no Ray cluster answers at 127.0.0.1:1")
-    assert {trial["state"] for trial in user.show("noray")["trials"]} == {"WAITING"}
+    assert not newcomer.home.exists()
 
 
 def test_a_trial_that_asks_for_more_than_the_cluster_has_is_refused(user) -> None:

@@ -201,6 +201,9 @@ def test_show_states_the_noise_floor_of_the_controls_repeats(user, finished) -> 
 
 def test_export_writes_a_file_whole_or_not_at_all(user, finished, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "weights.yaml"
+    absent = user.weights("export", "--study", "finished", "--output", str(target))
+    assert absent.returncode == 1 and "there is no folder" in absent.stderr
+    target.parent.mkdir()
     assert user.weights("export", "--study", "finished", "--format", "yaml", "--output", str(target)).returncode == 0
     assert "schema: bdense-weights/1" in target.read_text()
     blocked = user.weights("export", "--study", "finished", "--output", str(target / "below-a-file"))

@@ -202,6 +202,18 @@ def test_lost_trials_are_retried_only_so_often(database_url: str) -> None:
     database.close()
 
 
+def test_a_control_that_failed_for_good_is_not_run_again_and_a_lost_one_is(database: Database) -> None:
+    store = database.create_or_resume(synthetic("budget.trials=0", "lease.max_retries=0"))
+    for _ in range(2):
+        claim = store.claim()
+        assert claim is not None
+        store.fail(claim.number, "said the test", retry=claim.role == "control:uniform")
+    assert store.claim() is not None, "a lost control waits again"
+    again = database.create_or_resume(synthetic("budget.trials=0"))
+    assert states(again)["control:endpoint_only", "FAIL"] == 1
+    assert sum(count for (role, _), count in states(again).items() if role == "control:endpoint_only") == 1
+
+
 def test_a_hopeless_trial_is_stored_as_pruned_with_its_last_value(database: Database) -> None:
     store = database.create_or_resume(synthetic("budget.trials=7", "pruner.startup_trials=3"))
     for _ in range(6):
@@ -251,7 +263,7 @@ def test_nothing_that_ray_pickles_holds_the_database(database: Database, tmp_pat
     from search.scheduling import AskOptuna, CarryDecisions, Conductor
 
     store = database.create_or_resume(synthetic())
-    board = Board(metric="m", trials=1, controls=1, slots=1)
+    board = Board(metric="m", trials=1, controls=1, control_runs=1, slots=1)
     conductor = Conductor(store, board, slots=1, cache_root=tmp_path, max_failures=1)
     for thing in (AskOptuna(conductor), CarryDecisions(conductor)):
         assert b"postgres" not in cloudpickle.dumps(thing)

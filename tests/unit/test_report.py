@@ -15,7 +15,8 @@ def row(number: int, value: float, *, role: str = "search", state: str = "COMPLE
     steps = {1: value + 1, 2: value} if state == "COMPLETE" else {1: value}
     return Row(
         number=number, state=state, role=role, params={}, weights=log_linear(1, 0, 4), seeds=(0,), value=value,
-        intermediate=steps, repeats=repeats, duration_s=1.0, reason=None, owner=None, retry_of=None, protocol="p",
+        intermediate=steps, repeats=repeats, duration_s=1.0, reason=None, is_final=False,
+        owner=None, retry_of=None, protocol="p",
     )  # fmt: skip
 
 

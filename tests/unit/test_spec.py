@@ -52,6 +52,9 @@ def test_an_unknown_key_in_an_override_is_refused_alike(tmp_path: Path) -> None:
         ({"budget": {"trials": "many"}}, "budget.trials"),
         ({"name": "../etc"}, "name"),
         ({"method": {"kind": "sfd"}}, "names no teacher"),
+        ({"method": {"kind": "synthetic", "num_branches": 1}}, "at least 2"),
+        ({"method": {"kind": "synthetic", "budget_kimg": 2.5}}, "must be whole"),
+        ({"dataset": "cifar10"}, "dataset is 'cifar10'; known: digits"),
     ],
 )
 def test_a_value_outside_its_range_is_refused_with_its_key(
@@ -69,6 +72,14 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_lists_the_shipped_studies(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no study file .*nowhere\.yaml.*digits\.yaml"):
         load_study(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.yaml"])
+def test_a_shipped_study_is_found_by_its_bare_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_study(Path(name)).name == "digits"
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(MINIMAL))
+    assert load_study(Path("digits.yaml")).name == "t", "a file of the user's own comes first"
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "", "\x00"])
