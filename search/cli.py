@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -64,6 +65,7 @@ def launch(
     form: str,
 ) -> None:
     """Create or resume a study and run it. Without a file: the quickstart on the digits."""
+    _hide_password(storage)
     from search import launch as launching
     from search.spec import load_study, studies_folder
 
@@ -216,9 +218,15 @@ def main(
 
 
 def _is_database_error(error: Exception) -> bool:
-    module = sys.modules.get("sqlalchemy.exc")
-    causes = [error, error.__cause__, error.__context__]
-    return module is not None and any(isinstance(cause, module.SQLAlchemyError) for cause in causes)
+    """Whether it began in the database. Ray Tune hands on only the text of what its callbacks raised."""
+    if "sqlalchemy.exc" not in sys.modules:
+        return False
+    from sqlalchemy.exc import SQLAlchemyError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SQLAlchemyError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None or "sqlalchemy.exc." in str(error)
 
 
 def _settings(storage: str | None, ray_address: str | None = None) -> "Settings":
@@ -289,6 +297,18 @@ def _write(path: Path, text: str) -> None:
         write_text_atomically(path, text)
     except OSError as error:
         raise BDenseError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _hide_password(storage: str | None) -> None:
+    """Start over with the URL in the environment: a command line is for all to read, and Ray stores it."""
+    from search.settings import mask
+
+    if storage is None or mask(storage) == storage:
+        return
+    arguments = [argument for argument in sys.orig_argv if argument not in (storage, "--storage")]
+    arguments = [argument for argument in arguments if argument != f"--storage={storage}"]
+    sys.stdout.flush()
+    os.execve(sys.executable, arguments, os.environ | {"OPTUNA_STORAGE": storage})
 
 
 def _check_folder(path: Path) -> None:

@@ -49,7 +49,7 @@ def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
         "controls": [
             {"role": row.role, **_candidate(row, context), "by_seed": {str(s): v for s, v in row.by_seed.items()}}
             for row in ranked(rows)
-            if not row.is_search
+            if row.is_control
         ],
         "noise_floor": None if floor is None else asdict(floor),
         "verdict": verdict(rows),

@@ -42,11 +42,9 @@ class Point:
 
 def curves(rows: list[Row]) -> list[Curve]:
     """The best searched trials and every control, best first."""
-    shown = ranked(rows, searched_only=True)[:NUM_CURVES] + [row for row in ranked(rows) if not row.is_search]
+    shown = ranked(rows, searched_only=True)[:NUM_CURVES] + [row for row in ranked(rows) if row.is_control]
     return [
-        Curve(
-            number=row.number, label=f"{_name(row)}: {row.value:.3g}", shares=row.shares, is_control=not row.is_search
-        )
+        Curve(number=row.number, label=f"{_name(row)}: {row.value:.3g}", shares=row.shares, is_control=row.is_control)
         for row in sorted(shown, key=lambda row: (row.value, row.number))
     ]
 
@@ -56,7 +54,7 @@ def points(rows: list[Row]) -> list[Point]:
     return [
         Point(
             a=row.params["a"], b=row.params["b"], value=row.value, label=_name(row),
-            pruned=row.state == "PRUNED", is_control=not row.is_search,
+            pruned=row.state == "PRUNED", is_control=row.is_control,
         )
         for row in rows
         if row.value is not None and {"a", "b"} <= row.params.keys()
@@ -191,7 +189,7 @@ def _draw_scores(axes: Any, rows: list[Row], metric: str) -> None:
         steps = sorted(row.intermediate)
         highlighted = row.number in colors
         axes.plot(
-            steps, [row.intermediate[step] for step in steps], "--" if not row.is_search else "-",
+            steps, [row.intermediate[step] for step in steps], "--" if row.is_control else "-",
             marker="x" if row.state == "PRUNED" else ".", color=colors.get(row.number, "0.75"),
             label=_name(row) if highlighted else None, zorder=2 if highlighted else 1,
         )  # fmt: skip

@@ -1,12 +1,13 @@
 """One launch of a study, start to end: check, open, place, wait, tell."""
 
 import contextlib
+import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_
     say(f"study {study.name} in {place}")
     if lost := store.reap():
         say(f"{lost} lost trial(s) of an earlier launch put back into the queue")
-    if _nothing_left(store):
+    if store.is_done():
         say(f"nothing left to do: {study.spec.budget.trials} trials and all controls have ended")
         return Outcome(store=store, interrupted=False, given_back=0)
     with contextlib.ExitStack() as stack:
@@ -128,11 +129,6 @@ def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_
             address = stack.enter_context(dashboard.running(url, port=dashboard_port))
             say(f"dashboard: {address}")
         return _run(store, settings)
-
-
-def _nothing_left(store: StudyStore) -> bool:
-    counts = store.counts()
-    return counts.running == 0 and counts.waiting == 0 and counts.counted >= store.study.spec.budget.trials
 
 
 def _run(store: StudyStore, settings: Settings) -> Outcome:
@@ -163,7 +159,8 @@ def _run(store: StudyStore, settings: Settings) -> Outcome:
                     study.spec.resources,
                     folder=settings.create(settings.ray),
                     stop_asked=conductor.stopping,
-                    tick=_every(_FIGURES_EVERY_S, lambda: _save_figures(store)),
+                    on_loss=lambda: _leave(conductor),
+                    tick=_both(conductor.tick, _every(_FIGURES_EVERY_S, lambda: _save_figures(store))),
                 )
         except KeyboardInterrupt:
             conductor.stop_requested = True
@@ -173,6 +170,16 @@ def _run(store: StudyStore, settings: Settings) -> Outcome:
         if conductor.fatal:
             raise BDenseError(f"{conductor.fatal}. Stopped; finished trials are kept")
         return Outcome(store=store, interrupted=conductor.stop_requested, given_back=given_back)
+
+
+def _leave(conductor: "Conductor") -> None:
+    """The cluster is gone and Ray Tune hangs on it: give everything back and end the process."""
+    given_back = conductor.give_back_all()
+    say(
+        f"error: the Ray cluster went away; {given_back} running trial(s) went back into the queue. "
+        "Run the same command again"
+    )
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -208,6 +215,14 @@ def _every(seconds: float, action: Any) -> Any:
         if time.monotonic() - last >= seconds:
             action()
             last = time.monotonic()
+
+    return tick
+
+
+def _both(first: Callable[[set[str]], None], second: Callable[[], None]) -> Callable[[set[str]], None]:
+    def tick(pending: set[str]) -> None:
+        first(pending)
+        second()
 
     return tick
 

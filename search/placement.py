@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from ray.tune.search import Searcher
 from search.errors import ClusterError
 from search.spec import ResourcesSection
 from search.worker import run_trial
+
+_ASK_NODES_EVERY_S = 3.0
+_ANSWER_WITHIN_S = 5.0
+_LOST_AFTER_S = 15.0
 
 
 class TrialActor(tune.Trainable):
@@ -105,6 +110,53 @@ class _StopWhen(tune.Stopper):
         return (_StopWhen, (bool,))
 
 
+class _Tick(tune.Callback):
+    """Tells the service, after each step of Ray Tune, which trials wait for a place. Pickled without what it calls."""
+
+    def __init__(self, tick: Callable[[set[str]], object]) -> None:
+        self._tick = tick
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._tick({trial.trial_id for trial in trials if trial.status == "PENDING"})
+
+    def __reduce__(self) -> Any:
+        return (_Tick, (len,))
+
+
+@contextlib.contextmanager
+def _watched(on_loss: Callable[[], None]) -> Iterator[None]:
+    """Call `on_loss` from another thread once no node of the cluster answers: Ray Tune itself would wait for ever."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        silent_since = time.monotonic()
+        while not ended.wait(_ASK_NODES_EVERY_S):
+            if _any_node_alive():
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > _LOST_AFTER_S and not ended.is_set():
+                on_loss()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _any_node_alive() -> bool:
+    """Whether the cluster answers within a while and has a living node."""
+    answer: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # whatever a dying cluster raises means: no answer
+            answer.append(any(node["Alive"] for node in ray.nodes()))  # type: ignore[no-untyped-call]
+
+    question = threading.Thread(target=ask, daemon=True)
+    question.start()
+    question.join(_ANSWER_WITHIN_S)
+    return bool(answer) and answer[0]
+
+
 def run_all(
     searcher: Searcher,
     scheduler: TrialScheduler,
@@ -112,7 +164,8 @@ def run_all(
     *,
     folder: Path,
     stop_asked: Callable[[], bool],
-    tick: Callable[[], None],
+    tick: Callable[[set[str]], None],
+    on_loss: Callable[[], None],
 ) -> None:
     """Run trials as `searcher` hands them out until it is finished or a stop is asked for.
 
@@ -120,10 +173,6 @@ def run_all(
         ClusterError: the cluster went away.
     """
     request = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
-
-    class Tick(tune.Callback):
-        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            tick()
 
     name = f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     tuner = tune.Tuner(
@@ -134,12 +183,13 @@ def run_all(
             storage_path=str(folder),
             verbose=0,
             stop=_StopWhen(stop_asked),
-            callbacks=[Tick()],
+            callbacks=[_Tick(tick)],
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
     try:
-        tuner.fit()
+        with _watched(on_loss):
+            tuner.fit()
     except RayError as error:
         raise ClusterError(f"the Ray cluster went away: {str(error).splitlines()[0]}; run the command again") from error
     finally:

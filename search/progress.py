@@ -88,7 +88,7 @@ class Board:
     def ended(self, claim: Claim, state: str, value: float) -> None:
         with self._lock:
             line = self._lines.pop(claim.number, None)
-            if claim.role.startswith("control:"):
+            if claim.is_control:
                 self._controls_done += 1
             else:
                 self._counted += 1

@@ -19,6 +19,10 @@ class Claim:
     reported: tuple[int, ...] = ()
     """Steps that an earlier owner has reported already."""
 
+    @property
+    def is_control(self) -> bool:
+        return self.role.startswith(CONTROL)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -64,6 +68,10 @@ class Row:
     def is_search(self) -> bool:
         return self.role == SEARCH
 
+    @property
+    def is_control(self) -> bool:
+        return self.role.startswith(CONTROL)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -92,7 +100,7 @@ def count(rows: list[Row]) -> Counts:
     ended = [row for row in rows if row.state in ("COMPLETE", "PRUNED")]
     return Counts(
         counted=sum(row.is_search for row in ended),
-        controls_done=sum(not row.is_search for row in ended),
+        controls_done=sum(row.is_control for row in ended),
         running=sum(row.state == "RUNNING" for row in rows),
         waiting=sum(row.state == "WAITING" for row in rows),
         failed=sum(row.state == "FAIL" for row in rows),

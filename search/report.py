@@ -29,7 +29,7 @@ class NoiseFloor:
 
 def noise_floor(rows: list[Row], step: int | None = None) -> NoiseFloor | None:
     """The spread between training seeds at `step`, by default at the end; None where no control has two seeds."""
-    controls = [row for row in rows if row.state == "COMPLETE" and not row.is_search]
+    controls = [row for row in rows if row.state == "COMPLETE" and row.is_control]
     if step is None:
         step = max((row.last_step for row in controls if row.last_step is not None), default=0)
     groups = [list(row.over_seeds(step).values()) for row in controls]
@@ -116,7 +116,7 @@ def spread_table(rows: list[Row]) -> Table:
 def verdict(rows: list[Row]) -> str:
     """What may be said of the best searched trial: beside the best control, above the noise or not."""
     best, floor = ranked(rows, searched_only=True)[:1], noise_floor(rows)
-    controls = [row for row in ranked(rows) if not row.is_search]
+    controls = [row for row in ranked(rows) if row.is_control]
     if not best or not controls:
         return "no trial to compare with a control yet"
     if floor is None:
@@ -126,7 +126,10 @@ def verdict(rows: list[Row]) -> str:
     pair = f"best trial {best[0].number} against {rival.role}"
     noise = f"the {floor.finding:.2g} that two single runs may differ by through their seeds alone (2 √2 sd)"
     if gain > floor.finding:
-        return f"{pair}: better by {gain:.2g}, more than {noise}"
+        picked = "it was picked from many, so confirm it on fresh seeds"
+        return f"{pair}: better by {gain:.2g}, more than {noise}; {picked}"
+    if gain < -floor.finding:
+        return f"{pair}: worse by {-gain:.2g}, more than {noise}"
     return f"{pair}: not distinguishable, {-gain:+.2g} lies within {noise}"
 
 
@@ -136,7 +139,7 @@ def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5, wide
     A narrow table leaves out what the weights say anyway, rather than cut a name short.
     """
     best = ranked(rows, searched_only=True)
-    controls = [row for row in rows if not row.is_search and row.state in ("COMPLETE", "RUNNING")]
+    controls = [row for row in rows if row.is_control and row.state in ("COMPLETE", "RUNNING")]
     pruned = [row for row in rows if row.state == "PRUNED"]
     shown = sorted([*best[:top], *controls], key=lambda row: (row.value is None, row.value, row.number))
     table = Table(title=f"{store.name}: {store.study.metric}, lower is better", title_justify="left")

@@ -1,5 +1,6 @@
 """What runs next and what stops: Optuna's decisions carried to Ray, and Ray's news carried to the database."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy.exc import SQLAlchemyError
 
-from search.errors import LeaseLost
+from search.errors import LeaseLost, StorageError
 from search.progress import Board
-from search.records import CONTROL, Claim
+from search.records import Claim
 from search.storage import StudyStore
 from search.worker import payload
 
@@ -49,13 +51,10 @@ class Conductor:
         now = time.monotonic()
         if len(self._running) >= self._slots or now - self._asked < _ASK_AGAIN_S:
             return None
-        self.reap()
         claim = self._store.claim()
         if claim is None:
             self._asked = now
-            counts = self._store.counts()
-            nothing_left = not self._running and counts.running == 0 and counts.waiting == 0
-            return str(Searcher.FINISHED) if nothing_left else None
+            return str(Searcher.FINISHED) if not self._running and self._store.is_done() else None
         self._running[tune_id] = _Running(claim, now)
         self._board.started(claim)
         study = self._store.study
@@ -80,7 +79,7 @@ class Conductor:
     def _store_result(self, tune_id: str, running: _Running, result: dict[str, Any]) -> str:
         claim = running.claim
         if result["event"] == "failed":
-            self._fail(tune_id, result["reason"], retry=False)
+            self._fail(tune_id, result["reason"], retry=result.get("retry", False), detail=result.get("detail"))
             return str(TrialScheduler.STOP)
         self._board.progressed(claim, result)
         if result["event"] == "progress":
@@ -88,7 +87,7 @@ class Conductor:
             return str(TrialScheduler.CONTINUE)
         step, value, done = int(result["kimg"]), float(result["value"]), bool(result["done"])
         if step not in claim.reported:
-            may_prune = not done and not claim.role.startswith(CONTROL)
+            may_prune = not done and not claim.is_control
             if self._store.report(claim.number, value, step, may_prune=may_prune):
                 self._store.prune(claim.number)
                 self._board.ended(claim, "PRUNED", value)
@@ -98,13 +97,14 @@ class Conductor:
             self._store.complete(claim.number, value, result["repeats"])
             self._board.ended(claim, "COMPLETE", value)
             self._end(tune_id)
+            self._failures = 0
         return str(TrialScheduler.CONTINUE)
 
     def on_lost(self, tune_id: str, reason: str) -> None:
         """A trial ended without a result: its actor, its node or its memory is gone."""
-        if tune_id in self._running:
+        if tune_id in self._running and not self.stopping():  # while stopping it is given back with the others
             try:
-                self._fail(tune_id, reason, retry=not self.stopping())
+                self._fail(tune_id, reason, retry=True)
             except LeaseLost as error:
                 self._end(tune_id)
                 self._board.note(str(error))
@@ -114,9 +114,12 @@ class Conductor:
 
     # -- asked by the launcher
 
-    def reap(self) -> None:
-        """Free trials that other launchers lost."""
+    def tick(self, pending: set[str]) -> None:
+        """Now and then: free trials that others lost, and keep ours alive that wait for a place on the cluster."""
         now = time.monotonic()
+        for tune_id in pending & self._running.keys():
+            with contextlib.suppress(LeaseLost):
+                self._beat(self._running[tune_id])
         if now - self._reaped >= _REAP_EVERY_S:
             self._reaped = now
             if lost := self._store.reap():
@@ -127,7 +130,8 @@ class Conductor:
         claims = [running.claim for running in self._running.values()]
         self._running.clear()
         for claim in claims:
-            self._store.give_back(claim.number)
+            with contextlib.suppress(SQLAlchemyError, StorageError):  # without a database its lease expires by itself
+                self._store.give_back(claim.number)
         return len(claims)
 
     def _beat(self, running: _Running) -> None:
@@ -136,14 +140,14 @@ class Conductor:
             running.beat = now
             self._store.beat(running.claim.number)
 
-    def _fail(self, tune_id: str, reason: str, *, retry: bool) -> None:
+    def _fail(self, tune_id: str, reason: str, *, retry: bool, detail: str | None = None) -> None:
         claim = self._running[tune_id].claim
-        self._store.fail(claim.number, reason, retry=retry)
+        self._store.fail(claim.number, reason, retry=retry, detail=detail)
         self._end(tune_id)
         self._board.failed(claim, reason)
-        self._failures += 1
+        self._failures += not retry  # retries are bounded by themselves
         if self._failures >= self._max_failures:
-            self.fatal = f"{self._failures} trials failed in this launch, the last one: {reason}"
+            self.fatal = f"{self._failures} trials in a row failed in this launch, the last one: {reason}"
 
     def _end(self, tune_id: str) -> None:
         self._running.pop(tune_id, None)
@@ -199,5 +203,10 @@ class CarryDecisions(_NotPickled, FIFOScheduler):
 
 
 def _cause(trial: Any) -> str:
-    lines = [line.strip() for line in str(trial.get_error() or "unknown cause").splitlines() if line.strip()]
+    """What Ray says of a lost actor: the last line of its error file."""
+    try:
+        content = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    except OSError:
+        content = ""
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
     return (lines[-1] if lines else "unknown cause")[:300]

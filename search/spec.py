@@ -1,6 +1,8 @@
 """A study as its YAML file says it: read, overridden, validated, resolved. No torch, no database."""
 
 import difflib
+import itertools
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -11,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bdense_core import assets
-from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey
+from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey, WeightsError
 from bdense_core.files import HashedFile, sha256_of, sha256_of_file
 from bdense_core.methods import AnyMethod
 from bdense_core.task import Evaluation, Task, report_steps
@@ -87,6 +89,13 @@ class LeaseSection(_Section):
     heartbeat_s: int = Field(default=15, ge=1)
     grace_s: int = Field(default=180, ge=2)
     max_retries: int = Field(default=2, ge=0)
+
+    def model_post_init(self, _context: object) -> None:
+        if self.grace_s <= 2 * self.heartbeat_s:
+            raise BadValue(
+                f"lease.grace_s ({self.grace_s}) must exceed twice lease.heartbeat_s ({self.heartbeat_s}), "
+                "or healthy trials count as lost"
+            )
 
 
 class StudySpec(_Section):
@@ -340,7 +349,7 @@ def _kind_of(method: Any) -> Any:
 
 def _resolve(spec: StudySpec, folder: Path) -> Study:
     _check_sense(spec)
-    if spec.method.kind == "synthetic":
+    if not spec.method.needs_teacher:
         return Study(spec=spec, teacher=None, evaluation=None)
     section = spec.evaluation or EvaluationSection()
     if spec.teacher is None:
@@ -360,10 +369,18 @@ def _resolve(spec: StudySpec, folder: Path) -> Study:
 
 def _check_sense(spec: StudySpec) -> None:
     """What each section alone cannot know."""
+    for key, value in flatten(spec.model_dump(mode="python")).items():
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
+            raise BadValue(f"{key} must be finite, got {value}")
     if len(spec.method.terms) < 2:
         raise BadValue("method.num_branches must be at least 2: a single branch has no weights to search")
     if spec.method.budget_kimg != int(spec.method.budget_kimg):
         raise BadValue(f"method.budget_kimg must be whole, as scores come at whole kimg; got {spec.method.budget_kimg}")
+    for corner in itertools.product(*spec.space.axes().values()):
+        try:
+            spec.space.weights(dict(zip(spec.space.axes(), corner, strict=True)), len(spec.method.terms))
+        except WeightsError as error:
+            raise BadValue(f"space reaches {corner}, which gives no weights: {error}") from error
     datasets = sorted({asset.partition("/")[0] for asset in assets.names()})
     if spec.dataset not in datasets:
         raise BadValue(f"dataset is {spec.dataset!r}; known: {', '.join(datasets)}")

@@ -12,27 +12,27 @@ A RUNNING trial has a lease: an owner, and a heartbeat that follows its progress
 """
 
 import contextlib
+import copy
 import logging
 import math
-import os
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import datetime
+from typing import Any, NoReturn
 
 import optuna
-import psutil
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from bdense_core.errors import BDenseError
 from bdense_core.files import sha256_of
 from bdense_core.weights import shares
 from search.errors import LeaseLost, StorageError, StudyExists, StudyNotFound
+from search.owner import is_dead_here, this_process
 from search.records import CONTROL, SEARCH, Claim, Counts, Row, StudySummary, count
 from search.samplers import make_pruner, make_sampler
 from search.settings import mask
@@ -73,6 +73,9 @@ class Database:
         except (SQLAlchemyError, RuntimeError, AssertionError, UnicodeError) as error:
             raise StorageError(f"the database {mask(self.url)} cannot be used: {_first_line(error)}") from error
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a database handle holds the password and is never pickled")
+
     def names(self) -> list[str]:
         """All studies' names."""
         return sorted(study.study_name for study in self.storage.get_all_studies())
@@ -84,16 +87,18 @@ class Database:
             StudyExists: the name is taken with other settings; nothing was changed.
         """
         with self.exclusive(study.name):
-            if study.name in self.names():
+            optuna_study = self._load(study.name)
+            if optuna_study is not None and (_SPEC in optuna_study.user_attrs or optuna_study.get_trials()):
                 store = self.open(study.name)
-                if different := differences(store.stored_spec, study.to_dict()):
+                if different := differences(store.study.to_dict(), study.to_dict()):
                     raise StudyExists(
                         f"study {study.name!r} exists with other settings ({'; '.join(different)}); nothing was "
                         "changed. Use another --study NAME, or the stored settings"
                     )
                 store.study = study
             else:
-                optuna_study = optuna.create_study(storage=self.storage, study_name=study.name, direction="minimize")
+                if optuna_study is None:
+                    optuna_study = optuna.create_study(storage=self.storage, study_name=study.name)
                 optuna_study.set_metric_names([study.metric])
                 optuna_study.set_user_attr(_CODE, code_version())
                 optuna_study.set_user_attr(_CREATED, datetime.now().astimezone().isoformat(timespec="seconds"))
@@ -109,15 +114,20 @@ class Database:
         Raises:
             StudyNotFound: no study of that name of ours; the message lists those there are.
         """
-        try:
-            optuna_study = optuna.load_study(study_name=name, storage=self.storage)
-        except KeyError as error:
+        optuna_study = self._load(name)
+        if optuna_study is None:
             known = ", ".join(self.names()) or "none yet"
-            raise StudyNotFound(f"there is no study {name!r} in {mask(self.url)}; known studies: {known}") from error
+            raise StudyNotFound(f"there is no study {name!r} in {mask(self.url)}; known studies: {known}")
         stored = optuna_study.user_attrs.get(_SPEC)
         if stored is None:
             raise StudyNotFound(f"study {name!r} was not made by this service; it has no specification")
         return StudyStore(self, optuna_study, Study.from_dict(stored))
+
+    def _load(self, name: str) -> optuna.Study | None:
+        try:
+            return optuna.load_study(study_name=name, storage=self.storage)
+        except KeyError:
+            return None
 
     def ours(self) -> list["StudyStore"]:
         """All studies that this service made; a database may hold others' too."""
@@ -143,11 +153,14 @@ class StudyStore:
 
     def __init__(self, database: Database, optuna_study: optuna.Study, study: Study) -> None:
         self.study = study
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+        self.owner = this_process()
         self._database = database
         self._optuna = optuna_study
         self._optuna.pruner = make_pruner(study)
         self._live: dict[int, optuna.trial.Trial] = {}
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a study's store holds the database and is never pickled")
 
     # -- the study
 
@@ -214,16 +227,41 @@ class StudyStore:
         Under the study's lock, so that N asked trials are N run trials from any number of launchers.
         """
         with self._database.exclusive(self.name):
-            rows = self.rows()
-            taken = [row for row in rows if row.is_search and row.state in ("COMPLETE", "PRUNED", "RUNNING", "WAITING")]
-            waiting = any(row.state == "WAITING" for row in rows)
-            if not waiting and len(taken) >= self.study.spec.budget.trials:
-                return None
-            self._optuna.sampler = make_sampler(self.study, len(rows))
-            trial = self._optuna.ask()
-            self._beat(trial)
-            trial.set_user_attr("owner", self.owner)
-            return self._take(trial)
+            while self._may_start():
+                self._optuna.sampler = make_sampler(self.study, len(self._optuna.get_trials(deepcopy=False)))
+                trial = self._optuna.ask()
+                self._beat(trial)
+                trial.set_user_attr("owner", self.owner)
+                try:
+                    return self._take(trial)
+                except BDenseError as error:  # a proposal without weights: it can never run
+                    self._expire(trial._trial_id, str(error), retry=False)
+                except BaseException:
+                    self._database.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                    raise
+            return None
+
+    def _may_start(self) -> bool:
+        """Whether a trial is due: a queued one, or a new one within the study's total."""
+        rows = self.rows()
+        started = sum(row.is_search and row.state in ("COMPLETE", "PRUNED", "RUNNING") for row in rows)
+        queued = [row for row in rows if row.is_search and row.state == "WAITING"]
+        surplus = max(0, started + len(queued) - self.study.spec.budget.trials)
+        for row in queued[len(queued) - surplus :]:
+            self._drop(row.number, "the study's total was lowered before it ran")
+        if any(row.state == "WAITING" for row in rows if not row.is_search) or len(queued) > surplus:
+            return True
+        return started < self.study.spec.budget.trials
+
+    def _drop(self, number: int, reason: str) -> None:
+        trial = self._optuna.get_trials(deepcopy=False)[number]
+        self._expire(trial._trial_id, reason, retry=False)
+
+    def is_done(self) -> bool:
+        """Whether all searched trials of the total and all controls have ended."""
+        rows = self.rows()
+        open_rows = [row for row in rows if row.state == "RUNNING" or (row.state == "WAITING" and not row.is_search)]
+        return not open_rows and count(rows).counted >= self.study.spec.budget.trials
 
     def _take(self, trial: optuna.trial.Trial) -> Claim:
         role = trial.user_attrs.get("role", SEARCH)
@@ -254,9 +292,12 @@ class StudyStore:
         return {name: trial.suggest_float(name, low, high) for name, (low, high) in axes.items()}
 
     def beat(self, number: int) -> None:
-        """The trial made progress: its lease lives on."""
-        if number in self._live:
-            self._beat(self._live[number])
+        """The trial made progress: its lease lives on.
+
+        Raises:
+            LeaseLost: the trial is no longer ours.
+        """
+        self._beat(self._owned(number))
 
     def _beat(self, trial: optuna.trial.Trial) -> None:
         self._database.storage.record_heartbeat(trial._trial_id)
@@ -283,7 +324,7 @@ class StudyStore:
         with _late(number):
             if repeats:
                 trial.set_user_attr("repeats", [list(score) for score in repeats])
-            self._optuna.tell(trial, value)
+            self._tell(trial, TrialState.COMPLETE, value)
         del self._live[number]
 
     def prune(self, number: int) -> None:
@@ -294,25 +335,34 @@ class StudyStore:
         """
         trial = self._owned(number)
         with _late(number):
-            self._optuna.tell(trial, state=TrialState.PRUNED)
+            self._tell(trial, TrialState.PRUNED)
         del self._live[number]
 
-    def fail(self, number: int, reason: str, *, retry: bool) -> None:
+    def _tell(self, trial: optuna.trial.Trial, state: TrialState, value: float | None = None) -> None:
+        try:
+            self._optuna.tell(trial, value, state=state)
+        except ValueError as error:  # Optuna's word for a trial that has ended meanwhile
+            if self._database.storage.get_trial(trial._trial_id).state.is_finished():
+                raise LeaseLost(f"trial {trial.number} has ended already; its late result is dropped") from error
+            raise
+
+    def fail(self, number: int, reason: str, *, retry: bool, detail: str | None = None) -> None:
         """The trial failed; with `retry`, the same proposal waits again, a bounded number of times.
 
         Raises:
             LeaseLost: the trial is no longer ours; nothing was stored.
         """
-        trial = self._owned(number)
-        with _late(number):
-            self._expire(trial._trial_id, reason, retry=retry)
+        with self._database.exclusive(self.name), _late(number):
+            self._expire(self._owned(number)._trial_id, reason, retry=retry, detail=detail)
         del self._live[number]
 
     def give_back(self, number: int) -> None:
         """Back into the queue, as it is: whoever claims it next goes on with the same proposal."""
-        with contextlib.suppress(LeaseLost), _late(number):
+        storage = self._database.storage
+        with contextlib.suppress(LeaseLost), self._database.exclusive(self.name), _late(number):
             trial = self._owned(number)
-            self._database.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            storage.set_trial_user_attr(trial._trial_id, "owner", None)
+            storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         self._live.pop(number, None)
 
     def _owned(self, number: int) -> optuna.trial.Trial:
@@ -329,34 +379,56 @@ class StudyStore:
     def reap(self) -> int:
         """Fail the RUNNING trials without a live owner and queue their proposals again; how many there were.
 
-        Lost are trials whose heartbeat is older than the grace period, and trials of a launcher of this
-        machine whose process is gone. Rows that never had a heartbeat get one, and then the same grace.
+        Lost are trials whose heartbeat is older than the grace period, trials of a launcher of this machine
+        whose process is gone, and those that have no owner. Rows without a heartbeat get one, and then the same
+        grace. All under the study's lock: a trial that another launcher claims is RUNNING before its first heartbeat.
         """
-        with self._database.exclusive(self.name):  # a claim in another launcher is RUNNING before its first heartbeat
-            before = self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            optuna.storages.fail_stale_trials(self._optuna)
-            for trial in before:
-                owner = trial.user_attrs.get("owner")
-                if owner and _is_dead_here(owner) and self._is_running(trial):
-                    self._expire(trial._trial_id, "its launcher ended without giving it back", retry=True)
-                elif not self._has_heartbeat(trial) and _age(trial) > timedelta(seconds=self._database.grace_s):
-                    self._database.storage.record_heartbeat(trial._trial_id)
-        return sum(self._database.storage.get_trial(trial._trial_id).state == TrialState.FAIL for trial in before)
+        storage, lost = self._database.storage, 0
+        with self._database.exclusive(self.name):
+            for trial in self._live.values():  # our own first: after an outage they look as old as the lost ones
+                self._beat(trial)
+            ours = {trial._trial_id for trial in self._live.values()}
+            for trial_id, silent_s in self._silences().items():
+                if trial_id in ours:
+                    continue
+                owner = storage.get_trial(trial_id).user_attrs.get("owner")
+                if owner is None:  # a claim names its owner before it gives up this lock
+                    lost += self._expire(trial_id, "its launcher ended while it claimed it", retry=True)
+                elif is_dead_here(owner):
+                    lost += self._expire(trial_id, "its launcher ended without giving it back", retry=True)
+                elif silent_s is None:
+                    storage.record_heartbeat(trial_id)
+                elif silent_s > self._database.grace_s:
+                    lost += self._expire(trial_id, f"no progress for {silent_s:.0f} s: its lease expired", retry=True)
+        return lost
 
-    def _expire(self, trial_id: int, reason: str, *, retry: bool) -> None:
-        storage = self._database.storage
-        storage.set_trial_user_attr(trial_id, "reason", reason)
-        storage.set_trial_user_attr(trial_id, "final", not retry)
-        if storage.set_trial_state_values(trial_id, TrialState.FAIL) and retry:
-            self._database._retry(self._optuna, storage.get_trial(trial_id))
-
-    def _is_running(self, trial: FrozenTrial) -> bool:
-        return self._database.storage.get_trial(trial._trial_id).state == TrialState.RUNNING
-
-    def _has_heartbeat(self, trial: FrozenTrial) -> bool:
+    def _silences(self) -> dict[int, float | None]:
+        """Seconds since the last heartbeat of each RUNNING trial by the database's clock; None where there is none."""
+        query = text(
+            "SELECT t.trial_id, EXTRACT(EPOCH FROM LOCALTIMESTAMP - h.heartbeat) FROM trials t "
+            "LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id WHERE t.study_id = :study AND t.state = 'RUNNING'"
+        )
         with self._database.storage.engine.connect() as connection:
-            query = text("SELECT 1 FROM trial_heartbeats WHERE trial_id = :id")
-            return connection.execute(query, {"id": trial._trial_id}).first() is not None
+            rows = connection.execute(query, {"study": self._optuna._study_id}).all()
+        return {trial_id: None if silent is None else float(silent) for trial_id, silent in rows}
+
+    def _expire(self, trial_id: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
+        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row; False if it had ended already."""
+        storage = self._database.storage
+        try:
+            for key, value in {"reason": reason, "final": not retry, "traceback": detail}.items():
+                if value is not None:
+                    storage.set_trial_user_attr(trial_id, key, value)
+            if not storage.set_trial_state_values(trial_id, TrialState.FAIL):
+                return False
+        except UpdateFinishedTrialError:
+            return False
+        if retry:
+            lost = copy.deepcopy(storage.get_trial(trial_id))
+            gone = ("owner", "reason", "final", "traceback")
+            lost.user_attrs = {key: value for key, value in lost.user_attrs.items() if key not in gone}
+            self._database._retry(self._optuna, lost)
+        return True
 
     # -- what there is
 
@@ -412,25 +484,8 @@ def _late(number: int) -> Iterator[None]:
     """Optuna's words for a result that comes too late, in ours."""
     try:
         yield
-    except (UpdateFinishedTrialError, ValueError) as error:
+    except UpdateFinishedTrialError as error:
         raise LeaseLost(f"trial {number} has ended already; its late result is dropped") from error
-
-
-def _is_dead_here(owner: str) -> bool:
-    """Whether the owner was a process of this machine that no longer runs."""
-    host, pid, started = owner.rsplit(":", 2)
-    if host != socket.gethostname():
-        return False
-    try:
-        return int(psutil.Process(int(pid)).create_time()) != int(started)
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
-
-
-def _age(trial: FrozenTrial) -> timedelta:
-    return datetime.now() - (trial.datetime_start or datetime.now())
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from bdense_core.distill import distill
-from bdense_core.errors import BDenseError
+from bdense_core.errors import BDenseError, CacheError
 from bdense_core.methods import AnyMethod
 from bdense_core.methods.base import Method
 from bdense_core.task import Progress, Task
@@ -40,11 +40,18 @@ def run_trial(description: dict[str, Any]) -> Generator[dict[str, Any], None, No
         task = _TASK.validate_python(description["task"])
         yield from _events(method, task, tuple(description["seeds"][1:]))
     except BDenseError as error:
-        yield {"event": "failed", "reason": f"{type(error).__name__}: {error}", "done": True}
+        retry = isinstance(error, CacheError)  # the machine's fault, not the proposal's
+        yield {"event": "failed", "reason": f"{type(error).__name__}: {error}", "retry": retry, "done": True}
     except Exception as error:
         logger.exception("a trial failed")
         detail = traceback.format_exc(limit=-4)
-        yield {"event": "failed", "reason": f"{type(error).__name__}: {error}", "detail": detail, "done": True}
+        yield {
+            "event": "failed",
+            "reason": f"{type(error).__name__}: {error}",
+            "detail": detail,
+            "retry": isinstance(error, (OSError, MemoryError)),
+            "done": True,
+        }
 
 
 def _events(method: Method, task: Task, repeats: tuple[int, ...]) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,10 @@ class Method(Protocol):
         """The space of the losses: "state", "x", "v" or "eps". Weights do not transfer between spaces."""
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether a study must name a teacher and an evaluation."""
+
+    @property
     def nfe(self) -> int:
         """Network calls for each generated image."""
 

@@ -69,6 +69,10 @@ class SFD:
         return tuple(f"branch.{k + 1}" for k in range(self.num_branches))
 
     @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
     def target_space(self) -> str:
         return "state"
 

@@ -44,6 +44,10 @@ class Synthetic:
             )
 
     @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
     def nfe(self) -> int:
         return 0
 

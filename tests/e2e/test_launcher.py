@@ -21,7 +21,7 @@ SLOW = (
     "--set",
     "seeds.control_repeats=1",
     "--set",
-    "method.seconds=1.5",
+    "method.seconds=1",
     "--set",
     "pruner.kind=none",
 )
@@ -109,7 +109,7 @@ def test_a_killed_launcher_leaves_nothing_behind_that_a_second_launch_does_not_m
     complete = Counter(trial["role"] for trial in trials if trial["state"] == "COMPLETE")
     assert complete == {"search": 4, "control:endpoint_only": 1, "control:uniform": 1}
     assert {trial["state"] for trial in trials} <= {"COMPLETE", "FAIL"}
-    assert all("launcher ended" in trial["reason"] for trial in trials if trial["state"] == "FAIL")
+    assert all("its launcher ended" in trial["reason"] for trial in trials if trial["state"] == "FAIL")
 
 
 def test_two_launchers_at_once_share_the_work_without_doubling_it(user) -> None:
@@ -144,6 +144,19 @@ def test_a_killed_worker_costs_one_retry_and_nothing_else(newcomer) -> None:
     assert [trial["retry_of"] for trial in trials if trial["retry_of"] is not None] == [lost["number"]]
 
 
+def test_a_lost_cluster_ends_the_launch_and_leaves_nothing_running(newcomer) -> None:
+    run = newcomer.start_launch(SYNTHETIC, "--study", "lost", "--trials", "3", *SLOW, "--set", "method.seconds=30")
+    run.wait_for(lambda lines: any(" started" in line for line in lines))
+    (raylet,) = [
+        child for child in psutil.Process(run.process.pid).children(recursive=True) if child.name() == "raylet"
+    ]
+    raylet.kill()
+    assert run.wait(200) == 1, "\n".join(run.lines)
+    assert any("cluster went away" in line for line in run.lines)
+    assert not any("Traceback" in line for line in run.lines)
+    assert "RUNNING" not in {trial["state"] for trial in newcomer.show("lost")["trials"]}
+
+
 def test_pruned_trials_are_stored_as_pruned_with_their_last_value(user) -> None:
     run = user.launch(SYNTHETIC, "--study", "pruned", "--trials", "12", *QUICK, "--set", "pruner.startup_trials=3")
     assert run.returncode == 0
@@ -171,7 +184,7 @@ def test_a_study_in_which_everything_fails_ends_with_an_error(user) -> None:
     run = user.launch(SYNTHETIC, "--study", "hopeless", *QUICK, "--set", "method.fail_above_share=0", "--set",
                       "budget.max_failures=3")  # fmt: skip
     assert run.returncode == 1
-    assert "3 trials failed in this launch, the last one: the metric is nan" in run.stderr
+    assert "3 trials in a row failed in this launch, the last one: the metric is nan" in run.stderr
     assert "Traceback" not in run.stderr
 
 

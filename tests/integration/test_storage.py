@@ -123,7 +123,7 @@ def test_a_second_owner_fences_the_first(database: Database, database_url: str) 
     claim = first.claim()
     assert claim is not None
     other = Database(database_url).open("t")
-    other.owner = "elsewhere:1:1"
+    other.owner = "elsewhere|x|1|1"
     first._database.storage.set_trial_user_attr(first._live[claim.number]._trial_id, "owner", other.owner)
     with pytest.raises(LeaseLost, match="no longer owned"):
         first.report(claim.number, 1.0, 1, may_prune=False)
@@ -162,7 +162,8 @@ def test_a_silent_trial_expires_and_its_late_result_is_dropped(database_url: str
     claim = store.claim()
     assert claim is not None
     deadline = time.monotonic() + 60
-    while store.reap() == 0:
+    other = database.open("t")
+    while other.reap() == 0:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     with pytest.raises(LeaseLost):
@@ -267,3 +268,50 @@ def test_nothing_that_ray_pickles_holds_the_database(database: Database, tmp_pat
     conductor = Conductor(store, board, slots=1, cache_root=tmp_path, max_failures=1)
     for thing in (AskOptuna(conductor), CarryDecisions(conductor)):
         assert b"postgres" not in cloudpickle.dumps(thing)
+    for thing in (database, store, conductor):
+        with pytest.raises(TypeError, match="never pickled"):
+            cloudpickle.dumps(thing)
+
+
+def test_a_lowered_total_leaves_surplus_proposals_unrun(database: Database) -> None:
+    store = database.create_or_resume(synthetic("budget.trials=4"))
+    for _ in range(4):
+        run_one(store)
+    claims = [store.claim(), store.claim()]
+    for claim in claims:
+        assert claim is not None
+        store.give_back(claim.number)
+    lowered = database.create_or_resume(synthetic("budget.trials=2"))
+    run_all(lowered)
+    assert lowered.counts().counted == 2
+    assert lowered.is_done()
+
+
+@pytest.mark.filterwarnings("ignore:Fixed parameter a")
+def test_a_proposal_without_weights_fails_and_the_next_one_runs(database: Database) -> None:
+    store = database.create_or_resume(synthetic("budget.trials=2"))
+    store.optuna_study.enqueue_trial({"a": 1e6, "b": 0.0})
+    run_all(store)
+    (failed,) = [row for row in store.rows() if row.state == "FAIL"]
+    assert failed.reason is not None and "finite" in failed.reason
+    assert store.counts().counted == 2
+
+
+def test_a_launcher_never_takes_its_own_live_trials_for_lost(database_url: str) -> None:
+    database = Database(database_url, heartbeat_s=1, grace_s=2)
+    store = database.create_or_resume(synthetic("budget.trials=1"))
+    claim = store.claim()
+    assert claim is not None
+    with database.storage.engine.begin() as connection:  # as after a night with the lid closed
+        connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '9 hours'")
+    assert store.reap() == 0
+    store.complete(claim.number, 1.0)
+    database.close()
+
+
+def test_a_half_created_study_is_taken_up(database: Database) -> None:
+    import optuna
+
+    optuna.create_study(storage=database.storage, study_name="t")
+    run_all(database.create_or_resume(synthetic("budget.trials=1")))
+    assert database.open("t").is_done()

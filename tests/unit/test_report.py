@@ -55,6 +55,7 @@ def test_pruned_trials_are_compared_where_all_trials_were() -> None:
         (3.9, "not distinguishable, -0.1 lies within"),
         (4.05, "not distinguishable, +0.05"),
         (2.0, "better by 2, more than"),
+        (50.0, "worse by 46, more than"),
     ],
 )
 def test_a_gain_within_the_noise_is_not_called_one(best: float, words: str) -> None:

@@ -54,6 +54,10 @@ def test_an_unknown_key_in_an_override_is_refused_alike(tmp_path: Path) -> None:
         ({"method": {"kind": "sfd"}}, "names no teacher"),
         ({"method": {"kind": "synthetic", "num_branches": 1}}, "at least 2"),
         ({"method": {"kind": "synthetic", "budget_kimg": 2.5}}, "must be whole"),
+        ({"space": {"a": [-1, float("inf")]}}, "must be finite"),
+        ({"space": {"a": [-1, 400]}}, "gives no weights"),
+        ({"method": {"kind": "sfd", "budget_kimg": float("inf")}, "teacher": "digits"}, "must be finite"),
+        ({"lease": {"heartbeat_s": 15, "grace_s": 20}}, "must exceed twice"),
         ({"dataset": "cifar10"}, "dataset is 'cifar10'; known: digits"),
     ],
 )

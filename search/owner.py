@@ -1,0 +1,44 @@
+"""Who owns a lease: one process, told apart from every other on any machine, in any container, at any time."""
+
+import hashlib
+import os
+import socket
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+_TOLERANCE_S = 10.0
+"""A process's start is derived from the boot time, which moves when the clock is corrected."""
+
+
+def this_process() -> str:
+    """This process as an owner, such as `host|3f2a91c0|4711|1795268180`."""
+    return "|".join([socket.gethostname(), _system(), str(os.getpid()), str(int(psutil.Process().create_time()))])
+
+
+def is_dead_here(owner: str) -> bool:
+    """Whether the owner was a process of this very system that no longer runs. False where we cannot know."""
+    try:
+        _, system, pid, started = owner.split("|")
+        if system != _system():
+            return False
+        process = psutil.Process(int(pid))
+        gone = process.status() == psutil.STATUS_ZOMBIE
+        return gone or abs(process.create_time() - int(started)) > _TOLERANCE_S
+    except psutil.NoSuchProcess:
+        return True
+    except (ValueError, psutil.Error):
+        return False
+
+
+@cache
+def _system() -> str:
+    """The space that process numbers belong to: this host, this boot, this container."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = [
+        socket.gethostname(),
+        boot.read_text().strip() if boot.exists() else "",
+        str(namespace.stat().st_ino) if namespace.exists() else "",
+    ]
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
