@@ -5,9 +5,10 @@ groups of C); the backbone is shared and comes from the teacher; only the last g
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from bdense_core.errors import BadValue
 from bdense_core.networks import Denoiser, build
@@ -32,7 +33,7 @@ def without_branches(student: Denoiser) -> Denoiser:
     return _with_head(student, 1, lambda tensor: tensor[-channels:])
 
 
-def _with_head(network: Denoiser, num_branches: int, transform) -> Denoiser:  # type: ignore[no-untyped-def]
+def _with_head(network: Denoiser, num_branches: int, transform: Callable[[Tensor], Tensor]) -> Denoiser:
     config = dataclasses.replace(network.config, num_branches=num_branches)
     state = network.state_dict()
     for kind in ("weight", "bias"):
