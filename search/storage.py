@@ -15,6 +15,7 @@ import contextlib
 import copy
 import logging
 import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -158,6 +159,7 @@ class StudyStore:
         self._optuna = optuna_study
         self._optuna.pruner = make_pruner(study)
         self._live: dict[int, optuna.trial.Trial] = {}
+        self._reaped_at = time.time()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a study's store holds the database and is never pickled")
@@ -385,12 +387,8 @@ class StudyStore:
         """
         storage, lost = self._database.storage, 0
         with self._database.exclusive(self.name):
-            for trial in self._live.values():  # our own first: after an outage they look as old as the lost ones
-                self._beat(trial)
-            ours = {trial._trial_id for trial in self._live.values()}
+            self._beat_after_outage()
             for trial_id, silent_s in self._silences().items():
-                if trial_id in ours:
-                    continue
                 owner = storage.get_trial(trial_id).user_attrs.get("owner")
                 if owner is None:  # a claim names its owner before it gives up this lock
                     lost += self._expire(trial_id, "its launcher ended while it claimed it", retry=True)
@@ -401,6 +399,17 @@ class StudyStore:
                 elif silent_s > self._database.grace_s:
                     lost += self._expire(trial_id, f"no progress for {silent_s:.0f} s: its lease expired", retry=True)
         return lost
+
+    def _beat_after_outage(self) -> None:
+        """After a suspend or a database outage our own trials look as old as lost ones: one fresh grace for them.
+
+        Otherwise heartbeats follow progress alone, so that a frozen worker's trial expires like any other.
+        """
+        now = time.time()  # the monotonic clock stands still while a laptop sleeps
+        if now - self._reaped_at > self._database.grace_s / 2:
+            for trial in self._live.values():
+                self._beat(trial)
+        self._reaped_at = now
 
     def _silences(self) -> dict[int, float | None]:
         """Seconds since the last heartbeat of each RUNNING trial by the database's clock; None where there is none."""
