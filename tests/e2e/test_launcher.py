@@ -122,8 +122,8 @@ def test_two_launchers_at_once_share_the_work_without_doubling_it(user) -> None:
 
 
 def test_a_killed_worker_costs_one_retry_and_nothing_else(newcomer) -> None:
-    run = newcomer.start_launch(SYNTHETIC, "--study", "worker", "--trials", "3", *SLOW)
-    run.wait_for(lambda lines: any(" started" in line for line in lines))
+    run = newcomer.start_launch(SYNTHETIC, "--study", "worker", "--trials", "3", *SLOW, "--set", "method.seconds=6")
+    run.wait_for(lambda lines: any(" kimg 1 " in line for line in lines))
     actors: list[psutil.Process] = []
 
     def actor_found(_lines: list[str]) -> bool:
