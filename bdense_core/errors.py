@@ -7,6 +7,7 @@
       WeightsError              empty, negative or not finite branch weights
       ShapeMismatch             names the tensor and both shapes
       CheckpointError           missing, hash differs, other architecture
+        UnsafePickle            names something that a checkpoint has no business with; nothing was run
       CacheError                a teacher cache that is damaged or cannot be written
       TrainingDiverged          carries kimg, interval and the last finite loss
       EvaluationError           too few images, statistics of another protocol
@@ -46,6 +47,10 @@ class ShapeMismatch(BDenseError):
 
 class CheckpointError(BDenseError):
     """A network file that is missing, altered, or of another architecture."""
+
+
+class UnsafePickle(CheckpointError):
+    """A pickle that wants more than a network consists of. It was refused before anything was called."""
 
 
 class CacheError(BDenseError):

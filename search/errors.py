@@ -8,16 +8,20 @@
         LeaseLost               the trial belongs to somebody else now; its result is dropped
         ServerError             the embedded PostgreSQL does not start, answer or stop
       ClusterError              Ray cannot be reached, or all of it was lost
+      FetchError                a published file cannot be got, or is not the one that was meant
+      MissingFile               a study names a file that is not there; the message says how to get it
 
 Wrong settings (`BadValue`, `UnknownKey`, exit 2) come from `bdense_core.errors`. No message carries a
 password: a storage URL goes through `search.settings.mask` first.
 """
 
-from bdense_core.errors import BDenseError
+from bdense_core.errors import BDenseError, CheckpointError
 
 __all__ = [
     "ClusterError",
+    "FetchError",
     "LeaseLost",
+    "MissingFile",
     "NothingFinished",
     "ServerError",
     "StorageError",
@@ -52,3 +56,11 @@ class ServerError(StorageError):
 
 class ClusterError(BDenseError):
     """Ray cannot be reached, or every node of it was lost."""
+
+
+class FetchError(BDenseError):
+    """A published file cannot be got, or is not the one that was meant; what was there before still is."""
+
+
+class MissingFile(CheckpointError):
+    """A study names a model file that this machine does not have."""

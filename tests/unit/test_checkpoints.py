@@ -9,11 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bdense_core import checkpoints
 from bdense_core.branches import with_branches
-from bdense_core.checkpoints import load_network, save_network
+from bdense_core.checkpoints import import_edm, load_network, save_network
+from bdense_core.edm_pickle import EDMCheckpoint
 from bdense_core.errors import CheckpointError
 from bdense_core.files import HashedFile, sha256_of_file
-from bdense_core.integrity import check_file
+from bdense_core.integrity import check_file, read_metadata
 from bdense_core.networks import NetworkConfig, build
 
 CONFIG = NetworkConfig.ddpmpp(
@@ -151,13 +153,94 @@ def widen_a_tensor(state):
     state["model.map_layer0.bias"] = torch.zeros(1 + len(state["model.map_layer0.bias"]))
 
 
-@pytest.mark.parametrize("change", [drop_a_tensor, add_a_tensor, widen_a_tensor])
-def test_weights_of_another_architecture_are_refused(saved, change):
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (drop_a_tensor, r"model\.map_layer0\.weight \[32, 8\] is missing"),
+        (add_a_tensor, r"model\.more \[1\] is no part of its configuration"),
+        (widen_a_tensor, r"model\.map_layer0\.bias is \[33\], but its configuration means \[32\]"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_with_the_parameter_and_both_shapes(saved, change, difference):
     state = load_file(saved.path)
     change(state)
     file = rewrite(saved, state=state)
-    with pytest.raises(CheckpointError, match=r"net\.safetensors holds another architecture.*model\.m"):
+    with pytest.raises(
+        CheckpointError, match=rf"net\.safetensors holds another architecture than it says: {difference}; "
+    ) as refusal:
         load_network(file)
+    assert "\n" not in str(refusal.value)
+
+
+def redescribed(saved, **changes):
+    config = CONFIG.to_dict() | changes
+    return rewrite(saved, metadata={"bdense_network": json.dumps({"config": config})})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_blocks": 2}, r"holds another architecture.*model\.enc\."),
+        ({"num_blocks": 10**9}, r"holds another architecture.*2 levels of 1000000000 blocks"),
+        ({"model_channels": 10**12}, r"(holds another architecture|describes a network that cannot be built)"),
+        ({"model_channels": 10**30}, r"(holds another architecture|describes a network that cannot be built)"),
+        ({"model_channels": 6}, r"(holds another architecture|describes a network that cannot be built)"),
+        ({"architecture": "dhariwal"}, r"holds another architecture"),
+    ],
+)
+def test_a_description_of_another_network_is_refused_before_memory_is_taken_for_it(saved, changes, reason):
+    with pytest.raises(CheckpointError, match=rf"net\.safetensors {reason}") as refusal:
+        load_network(redescribed(saved, **changes))
+    assert "\n" not in str(refusal.value)
+
+
+def test_another_safetensors_file_under_a_networks_name_is_refused(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_file({"mean": torch.zeros(2)}, path)
+    file = HashedFile(path=str(path), sha256=sha256_of_file(path))
+    with pytest.raises(CheckpointError, match=r"is no network of this project: it has no entry bdense_network"):
+        load_network(file)
+
+
+def test_loading_leaves_the_random_numbers_of_building_as_they_were(saved):
+    torch.manual_seed(5)
+    load_network(saved)
+    after_loading = torch.rand(3)
+    torch.manual_seed(5)
+    build(CONFIG)
+    assert torch.equal(after_loading, torch.rand(3))
+
+
+# --- EDM's pickles (what is in them is tested in test_edm_pickle.py) -------------------------------------
+
+
+def imported(monkeypatch, tmp_path, state, config=CONFIG):
+    read = EDMCheckpoint(config=config, state=state, class_name="EDMPrecond", key="ema", sha256="ab" * 32)
+    monkeypatch.setattr(checkpoints, "read_edm_pickle", lambda _: read)
+    return import_edm(tmp_path / "edm.pkl", tmp_path / "out" / "teacher.safetensors")
+
+
+def test_an_imported_network_has_the_pickles_weights_and_origin(network, monkeypatch, tmp_path):
+    file = imported(monkeypatch, tmp_path, network.state_dict())
+    loaded = load_network(file)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert read_metadata(file.path)["about"] == {
+        "source": "edm.pkl",
+        "source_sha256": "ab" * 32,
+        "format": "EDM pickle, EDMPrecond",
+    }
+
+
+@pytest.mark.parametrize("change", [drop_a_tensor, add_a_tensor, widen_a_tensor])
+def test_a_pickle_with_other_parameters_is_refused_by_their_name_and_nothing_is_written(
+    network, monkeypatch, tmp_path, change
+):
+    state = network.state_dict()
+    change(state)
+    with pytest.raises(CheckpointError, match=r"edm\.pkl holds another architecture.*model\.m"):
+        imported(monkeypatch, tmp_path, state)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_cannot_be_written_is_named(network, tmp_path):
