@@ -27,7 +27,8 @@ from bdense_core import assets, data
 from bdense_core.branches import freeze
 from bdense_core.checkpoints import load_network, save_network
 from bdense_core.evaluation import Metric, reference_statistics
-from bdense_core.features import FeatureTraining, load_features, save_features, train_features
+from bdense_core.feature_training import FeatureTraining, train_features
+from bdense_core.features import load_features, save_features
 from bdense_core.files import HashedFile, canonical_json, write_text_atomically
 from bdense_core.frechet import save_statistics
 from bdense_core.loops import sfd
@@ -71,11 +72,11 @@ def make(folder: Path, *, keep_teacher: bool = False) -> dict[str, Any]:
     else:
         about = {
             "dataset": "digits",
-            "training": asdict(TEACHER),
+            "training": TEACHER.to_dict(),
             "command": COMMAND,
             "weights": "moving average",
         }
-        network = pretrain(images, labels, NETWORK, TEACHER)
+        network = train_teacher(images, labels)
         teacher = save_network(network, folder / "teacher.safetensors", about)
     return {
         "dataset": "scikit-learn's digits: 1797 images of 8x8, test part of UCI's Optical Recognition of "
@@ -83,7 +84,7 @@ def make(folder: Path, *, keep_teacher: bool = False) -> dict[str, Any]:
         "command": COMMAND,
         "files": {Path(f.path).name: _file(f) for f in (features, reference, teacher)},
         "settings": {
-            "features": asdict(FEATURES), "teacher": asdict(TEACHER), "network": NETWORK.to_dict(),
+            "features": asdict(FEATURES), "teacher": TEACHER.to_dict(), "network": NETWORK.to_dict(),
             "evaluation": {"n_samples": N_SAMPLES, "seed": EVALUATION_SEED, "preparation": UINT8},
         },
         "figures": {
@@ -96,6 +97,23 @@ def make(folder: Path, *, keep_teacher: bool = False) -> dict[str, Any]:
             "scikit-learn": sklearn.__version__, "machine": f"{platform.machine()}, {_cpu()}, 1 thread",
         },
     }  # fmt: skip
+
+
+def train_teacher(images: torch.Tensor, labels: torch.Tensor) -> Denoiser:
+    """The trained teacher; says on the way how far it is."""
+    training = pretrain(images, labels, NETWORK, TEACHER)
+    said = -1
+    while True:
+        try:
+            progress = next(training)
+        except StopIteration as end:
+            teacher: Denoiser = end.value
+            return teacher
+        if int(progress.done * 10) > said:
+            said = int(progress.done * 10)
+            click.echo(
+                f"teacher: {progress.kimg:.0f} of {TEACHER.budget_kimg:g} kimg, loss {progress.loss:.4f}", err=True
+            )
 
 
 def measure(
