@@ -3,11 +3,12 @@
 The targets of SFD depend on the teacher, the grid and the seed, never on the student or its weights
 (spec: a cache leaves 6 of 18 forward-equivalents per trajectory). A cache is a folder of shards; the folder
 is named by everything the targets depend on, each shard by the sha256 of its content, so a damaged shard
-cannot be mistaken for a good one. Several workers fill one cache together: whoever holds a shard's lock
-computes it, the others go on with the next.
+cannot be mistaken for a good one. Shards are always whole, so a longer run goes on where a shorter one ended.
+Several workers fill one cache together: whoever holds a shard's lock computes it, the others go on with the next.
 """
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,19 +27,21 @@ from bdense_core.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
-from bdense_core.integrity import TENSOR, check_shard
+from bdense_core.integrity import TENSOR, cache_bytes, check_shard
 
 _WAIT_S = 0.05
+_SPARE = 1.02
+"""Room for the shards' headers and the file system's own needs."""
 
 
 class TrajectoryCache:
-    """The targets of `num_rows` trajectories, in shards of `shard_rows`.
+    """The targets of a run's trajectories, in shards of `shard_rows`.
 
     Args:
         root: the folder that holds all caches.
         identity: all that the targets depend on, JSON-able; its hash names the folder.
-        num_rows: trajectories in the whole cache.
-        shard_rows: trajectories in one file; the last may be shorter.
+        num_rows: trajectories that this run wants; no shard beyond them is computed.
+        shard_rows: trajectories in one file.
         compute: the targets of rows [first, end), [end - first, ...].
     """
 
@@ -52,6 +55,7 @@ class TrajectoryCache:
         compute: Callable[[int, int], Tensor],
     ) -> None:
         self.identity = {**identity, "shard_rows": shard_rows}
+        self.root = root
         self.folder = root / sha256_of(self.identity)[:24]
         self.num_rows = num_rows
         self.shard_rows = shard_rows
@@ -63,28 +67,64 @@ class TrajectoryCache:
     def num_shards(self) -> int:
         return -(-self.num_rows // self.shard_rows)
 
-    def fill(self, end_row: int) -> Iterator[int]:
-        """Make rows [0, end_row) readable.
+    def reserve(self, row_bytes: int, *, budget_bytes: float = float("inf")) -> None:
+        """Check, before anything is computed, that what is missing has room on the disk and in the budget.
 
-        Yields the number of readable shards after each piece of work and each short wait for another worker;
-        nothing if there is nothing to do.
+        Args:
+            row_bytes: size of one trajectory's targets.
+            budget_bytes: what all caches below the root may take together.
+
+        Raises:
+            CacheError: it does not; the message says how much is missing where.
+        """
+        missing = (self.num_shards - len(self._present())) * self.shard_rows * row_bytes * _SPARE
+        if missing <= 0:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if missing > free:
+            raise CacheError(
+                f"the teacher cache needs {missing / 1e9:.2f} GB more, but {self.folder} has {free / 1e9:.2f} GB free; "
+                "free some, choose another folder with BDENSE_HOME, or do without: cache.enabled: false"
+            )
+        used = cache_bytes(self.root)
+        if used + missing > budget_bytes:
+            raise CacheError(
+                f"the teacher cache needs {missing / 1e9:.2f} GB more and {self.root} holds {used / 1e9:.2f} GB, more "
+                f"than cache.budget_gb ({budget_bytes / 1e9:g}) allows; raise it, delete folders there that no study "
+                "needs any more, or do without: cache.enabled: false"
+            )
+
+    def fill(self, first: int, end: int) -> Iterator[int]:
+        """Make rows [first, end) readable.
+
+        Yields the shard that is wanted after each piece of work and each short wait for another worker; nothing if
+        there is nothing to do.
 
         Raises:
             CacheError: a shard is damaged, or the folder cannot be written.
         """
-        for shard in range(-(-min(end_row, self.num_rows) // self.shard_rows)):
+        for shard in _shards_of(first, min(end, self.num_rows), self.shard_rows):
             while shard not in self._verified and not self._open(shard):
                 self._work_on_any(shard)
                 yield shard
 
+    def is_readable(self, first: int, end: int) -> bool:
+        """Whether rows [first, end) can be read without computing or waiting."""
+        wanted = _shards_of(first, end, self.shard_rows)
+        return all(shard in self._verified or self._open(shard) for shard in wanted)
+
     def rows(self, first: int, end: int) -> Tensor:
-        """Targets of rows [first, end), read from the memory-mapped shards. `fill(end)` comes before.
+        """Targets of rows [first, end), read from the memory-mapped shards. `fill` comes before.
 
         Raises:
             CacheError: a shard that was there has gone.
         """
         parts = []
-        for shard in range(first // self.shard_rows, (end - 1) // self.shard_rows + 1):
+        for shard in _shards_of(first, end, self.shard_rows):
             offset = shard * self.shard_rows
             path = self._verified[shard]
             try:
@@ -98,8 +138,9 @@ class TrajectoryCache:
 
     def _work_on_any(self, wanted: int) -> None:
         """Compute the wanted shard, or, while another worker does, the next one that nobody works on."""
+        present = self._present()
         for shard in range(wanted, self.num_shards):
-            if self._find(shard) is None and self._compute_unless_taken(shard):
+            if shard not in present and self._compute_unless_taken(shard):
                 return
         time.sleep(_WAIT_S)
 
@@ -110,16 +151,13 @@ class TrajectoryCache:
                 if self._find(shard) is not None:
                     return False
                 first = shard * self.shard_rows
-                targets = self._compute(first, min(first + self.shard_rows, self.num_rows))
+                targets = self._compute(first, first + self.shard_rows)
                 self._write(shard, targets)
                 return True
         except Timeout:
             return False
         except OSError as error:
-            raise CacheError(
-                f"the teacher cache {self.folder} cannot be written: {error.strerror or error}; "
-                "free some space or choose another folder with BDENSE_HOME"
-            ) from error
+            raise self._unwritable(error) from error
 
     def _write(self, shard: int, targets: Tensor) -> None:
         description = self.folder / "cache.json"
@@ -132,6 +170,11 @@ class TrajectoryCache:
         write_bytes_atomically(self.folder / f"shard-{shard:05d}-{digest}.safetensors", content)
         self.computed += 1
 
+    def _present(self) -> set[int]:
+        """The shards of this run that are on the disk, by one look at the folder."""
+        found = {int(path.name.split("-")[1]) for path in self.folder.glob("shard-*-*.safetensors")}
+        return {shard for shard in found if shard < self.num_shards}
+
     def _find(self, shard: int) -> Path | None:
         return next(self.folder.glob(f"shard-{shard:05d}-*.safetensors"), None)
 
@@ -142,3 +185,44 @@ class TrajectoryCache:
         check_shard(path)
         self._verified[shard] = path
         return True
+
+    def _unwritable(self, error: OSError) -> CacheError:
+        return CacheError(
+            f"the teacher cache {self.folder} cannot be written: {error.strerror or error}; "
+            "free some space, choose another folder with BDENSE_HOME, or do without: cache.enabled: false"
+        )
+
+
+class Recomputed:
+    """What a `TrajectoryCache` does, without a disk: rows are computed when they are wanted, and then forgotten."""
+
+    def __init__(self, *, num_rows: int, shard_rows: int, compute: Callable[[int, int], Tensor]) -> None:
+        self.num_rows = num_rows
+        self.shard_rows = shard_rows
+        self._compute = compute
+        self._shards: dict[int, Tensor] = {}
+
+    def fill(self, first: int, end: int) -> Iterator[int]:
+        """Compute what is not there of rows [first, end); yields after each shard."""
+        for shard in _shards_of(first, min(end, self.num_rows), self.shard_rows):
+            if shard not in self._shards:
+                self._shards[shard] = self._compute(shard * self.shard_rows, (shard + 1) * self.shard_rows)
+                yield shard
+
+    def is_readable(self, first: int, end: int) -> bool:
+        """Whether rows [first, end) are there."""
+        return all(shard in self._shards for shard in _shards_of(first, end, self.shard_rows))
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Targets of rows [first, end); earlier shards are let go."""
+        wanted = _shards_of(first, end, self.shard_rows)
+        for shard in list(self._shards):
+            if shard < wanted.start:
+                del self._shards[shard]
+        offset = wanted.start * self.shard_rows
+        return torch.cat([self._shards[shard] for shard in wanted])[first - offset : end - offset]
+
+
+def _shards_of(first: int, end: int, shard_rows: int) -> range:
+    """The shards that hold rows [first, end)."""
+    return range(first // shard_rows, -(-end // shard_rows))

@@ -28,8 +28,14 @@ def distill(method: Method, task: Task, repeats: tuple[int, ...] = ()) -> Iterat
         return
     scores: list[tuple[int, int, float]] = []
     for index, seed in enumerate(repeats, start=1):
-        for event in method.run(dataclasses.replace(task, seed=seed)):
+        for event in method.run(_repeat(task, seed)):
             if isinstance(event, Score):
                 scores.append((seed, event.kimg, event.value))
             yield Progress(kimg=event.kimg, done=min((index + event.done) / runs, 0.999), phase=f"seed {seed}")
     yield dataclasses.replace(result, repeats=tuple(scores))
+
+
+def _repeat(task: Task, seed: int) -> Task:
+    """The task on another training seed: with snapshots of its own, and without the student as a result."""
+    snapshots = None if task.snapshots is None else f"{task.snapshots}/seed-{seed}"
+    return dataclasses.replace(task, seed=seed, snapshots=snapshots, output=None)

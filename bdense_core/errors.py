@@ -58,17 +58,19 @@ class CacheError(BDenseError):
 
 
 class TrainingDiverged(BDenseError):
-    """A loss that is no longer finite."""
+    """A loss that is no longer finite; `interval` is None where training has none."""
 
-    def __init__(self, *, kimg: float, interval: int, last_finite_loss: float | None) -> None:
+    def __init__(self, *, kimg: float, interval: int | None, last_finite_loss: float | None) -> None:
         self.kimg = kimg
         self.interval = interval
         self.last_finite_loss = last_finite_loss
         last = "none" if last_finite_loss is None else f"{last_finite_loss:.6g}"
-        super().__init__(
-            f"the loss of interval {interval} is not finite at {kimg:.3f} kimg "
-            f"(last finite loss: {last}); lower method.lr or change the weights"
+        loss, advice = (
+            ("the loss", "lower the learning rate")
+            if interval is None
+            else (f"the loss of interval {interval}", "lower method.lr or change the weights")
         )
+        super().__init__(f"{loss} is not finite at {kimg:.3f} kimg (last finite loss: {last}); {advice}")
 
 
 class EvaluationError(BDenseError):

@@ -5,7 +5,7 @@ small differences between them show (spec/fid.md).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from torch import Tensor
@@ -56,11 +56,23 @@ class Metric:
             )
 
     def __call__(self, sample: Sample, shape: tuple[int, ...], label_dim: int) -> float:
+        """`measure`, run to its end."""
+        measuring = self.measure(sample, shape, label_dim)
+        while True:
+            try:
+                next(measuring)
+            except StopIteration as end:
+                return float(end.value)
+
+    def measure(self, sample: Sample, shape: tuple[int, ...], label_dim: int) -> Generator[int, None, float]:
         """The distance of `n_samples` images, lower is better.
 
         Args:
             shape: of one image, (C, H, W).
             label_dim: classes of a class-conditional network, drawn uniformly; 0 for none.
+
+        Yields:
+            After each batch, how many images there are so far.
 
         Raises:
             EvaluationError: images or a distance that are not finite.
@@ -77,9 +89,18 @@ class Metric:
                     "the student has diverged: lower method.lr or change the weights"
                 )
             seen.update(self._features(data.to_uint8(images)))
-        value = frechet_distance(seen.finish(), self._reference)
+            yield end
+        return self.distance(seen.finish())
+
+    def distance(self, statistics: Statistics) -> float:
+        """Of statistics by these features to the reference.
+
+        Raises:
+            EvaluationError: it is not finite.
+        """
+        value = frechet_distance(statistics, self._reference)
         if not math.isfinite(value):
-            raise EvaluationError(f"{settings.protocol.metric} of {settings.n_samples} images is {value}")
+            raise EvaluationError(f"{self.evaluation.protocol.metric} of {self.evaluation.n_samples} images is {value}")
         return value
 
 

@@ -1,11 +1,13 @@
-"""Feature networks: what a Fréchet distance looks at. They read bytes and give one row an image.
+"""Feature networks by file: what a Fréchet distance looks at, known by name and sha256.
 
-One entry of `FEATURE_NETWORKS` each. The name is part of the distance's: features "digits" make an
-`fd-digits`. A file holds the weights and the entry's name and settings, and is known by its sha256.
+The name is part of the distance's: features "digits" make an `fd-digits`. A safetensors file holds the weights and
+the network's name, kind and settings. Inception is the published TorchScript itself, and that one file alone.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,51 +16,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from bdense_core import seeds
-from bdense_core.errors import CheckpointError
+from bdense_core import protocol
+from bdense_core.errors import BadValue, CheckpointError, EvaluationError
+from bdense_core.feature_networks import ByteNetwork, CifarResNet, DigitsFeatures, Inception
 from bdense_core.files import HashedFile, canonical_json, sha256_of_file, write_bytes_atomically
 from bdense_core.integrity import check_file
 
+FEATURE_NETWORKS: dict[str, type[ByteNetwork]] = {kind.kind: kind for kind in (DigitsFeatures, CifarResNet)}
+"""The kinds of which there are files of this project."""
+
 _METADATA = "bdense_features"
-
-
-class DigitsFeatures(nn.Module):
-    """A small network for 8x8 grey images: its features tell the class and are enough to rebuild the image.
-
-    Features of a classifier alone overlook strokes that do not change the class, such as blur.
-
-    Args:
-        width: number of features.
-        num_classes: classes it is trained to tell apart.
-    """
-
-    def __init__(self, *, width: int = 64, num_classes: int = 10) -> None:
-        super().__init__()
-        self.settings = {"width": width, "num_classes": num_classes}
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),  # 4 x 4
-            nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),  # 2 x 2
-            nn.Flatten(), nn.Linear(256, width), nn.SiLU(),
-        )  # fmt: skip
-        self.classify = nn.Linear(width, num_classes)
-        self.rebuild = nn.Sequential(nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 64))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features [B, width] of bytes [B, 1, 8, 8]."""
-        features: Tensor = self.body(_unit(images))
-        return features
-
-
-def _unit(images: Tensor) -> Tensor:
-    """Bytes as numbers in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-FEATURE_NETWORKS: dict[str, Callable[..., nn.Module]] = {"digits": DigitsFeatures}
 
 
 @dataclass(frozen=True)
@@ -70,7 +39,8 @@ class FeatureNetwork:
 
     name: str
     sha256: str
-    network: nn.Module
+    network: ByteNetwork
+    device: str = "cpu"
 
     @property
     def identity(self) -> str:
@@ -78,20 +48,67 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features [B, d] of bytes [B, C, H, W]."""
-        features: Tensor = self.network(images)
+        """Features [B, d] of bytes [B, C, H, W], on the network's device; images that are there stay there.
+
+        Raises:
+            EvaluationError: images of another shape than the network reads, or not bytes.
+        """
+        self._check(images)
+        with _full_float32(), torch.autocast(torch.device(self.device).type, enabled=False):
+            features: Tensor = self.network(images.to(self.device))
         return features
 
+    def _check(self, images: Tensor) -> None:
+        expected = self.network.image_shape
+        fits = images.dim() == 4 and all(
+            want in (None, found) for want, found in zip(expected, images.shape[1:], strict=True)
+        )
+        if not fits or images.dtype != torch.uint8:
+            channels, *size = ("any" if side is None else side for side in expected)
+            raise EvaluationError(
+                f"{self.name} features read uint8 images [B, {channels}, {', '.join(map(str, size))}], but these are "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}; give features made for such images"
+            )
 
-def save_features(network: DigitsFeatures, path: Path, *, name: str) -> HashedFile:
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32, which keeps 10 bits of each factor and is cuDNN's default.
+
+    Rounding of that size moves features, and covariances sum it up: a distance would depend on the kind of GPU.
+    """
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32 = before
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def save_features(network: ByteNetwork, path: Path, *, name: str, source_sha256: str | None = None) -> HashedFile:
     """Write a feature network. Equal weights give equal bytes.
 
+    Args:
+        name: what distances are called after: `resnet56` makes an `fd-resnet56`.
+        source_sha256: hash of the file the weights were imported from, if any.
+
     Raises:
+        BadValue: a name that is reserved, or cannot be part of a distance's name.
         CheckpointError: the file cannot be written.
     """
+    _check_name(name, network.kind)
+    about: dict[str, Any] = {"name": name, "settings": network.settings}
+    if name != network.kind:
+        about["kind"] = network.kind
+    if source_sha256 is not None:
+        about["source_sha256"] = source_sha256
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
     # One entry: safetensors keeps no order among several, and the hash must not vary.
-    metadata = {_METADATA: canonical_json({"name": name, "settings": network.settings})}
+    metadata = {_METADATA: canonical_json(about)}
     try:
         write_bytes_atomically(path, save(state, metadata))
     except OSError as error:
@@ -99,11 +116,24 @@ def save_features(network: DigitsFeatures, path: Path, *, name: str) -> HashedFi
     return HashedFile(path=str(path), sha256=sha256_of_file(path))
 
 
+def _check_name(name: str, kind: str) -> None:
+    if protocol.INCEPTION in (name, kind):
+        raise BadValue(
+            f"{protocol.INCEPTION!r} is reserved for the published TorchScript, used as it is: give its path and "
+            f"sha256 {protocol.INCEPTION_SHA256[:16]}..., or choose another name for other features"
+        )
+    if name in FEATURE_NETWORKS and name != kind:
+        raise BadValue(f"{name!r} is the name of another kind of features than {kind!r}; choose another")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
+        raise BadValue(f"features are called {name!r}; use small letters, digits, '.', '_' and '-', such as resnet56")
+
+
 def load_features(file: HashedFile, device: str = "cpu") -> FeatureNetwork:
     """The feature network in a file, frozen. The file is hashed each time, the network kept in memory.
 
     Raises:
-        CheckpointError: the file is missing, altered, or no feature network.
+        CheckpointError: the file is missing, altered, or no feature network; or TorchScript other than
+            the published Inception.
     """
     check_file(file)
     return _load(file.path, file.sha256, device)
@@ -111,77 +141,92 @@ def load_features(file: HashedFile, device: str = "cpu") -> FeatureNetwork:
 
 @lru_cache(maxsize=4)
 def _load(path: str, sha256: str, device: str) -> FeatureNetwork:
+    network: ByteNetwork
+    if sha256 == protocol.INCEPTION_SHA256:
+        name, network = protocol.INCEPTION, Inception(Path(path))
+    else:
+        _refuse_code(path)
+        name, network = _read(path)
+    network.eval().requires_grad_(False)
+    return FeatureNetwork(name=name, sha256=sha256, network=network.to(device), device=device)
+
+
+def _refuse_code(path: str) -> None:
+    """TorchScript is a zip file whose programs run when it is loaded or called, so only a known one is."""
+    with Path(path).open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            raise CheckpointError(
+                f"{path} looks like TorchScript, which is code, and only the published Inception is run: the file "
+                f"inception-2015-12-05.pt of sha256 {protocol.INCEPTION_SHA256}; fetch that one, or give safetensors"
+            )
+
+
+def _read(path: str) -> tuple[str, ByteNetwork]:
+    """Name and network of a file of `save_features`."""
     try:
         with safe_open(path, framework="pt") as opened:
             about: dict[str, Any] = json.loads((opened.metadata() or {})[_METADATA])
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        network = FEATURE_NETWORKS[about["name"]](**about["settings"])
+        name = about["name"]
+        kind = about.get("kind", name)
+        _check_name(name, kind)
+        network = FEATURE_NETWORKS[kind](**about["settings"])
         network.load_state_dict(state)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, BadValue, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no feature network of this project: {error}") from error
-    network.eval().requires_grad_(False)
-    return FeatureNetwork(name=about["name"], sha256=sha256, network=network.to(device))
+    return name, network
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureTraining:
-    """How a feature network is trained: AdamW in one cycle, cross-entropy plus squared error of the image."""
-
-    seed: int = 0
-    num_epochs: int = 25
-    batch: int = 64
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    rebuild_weight: float = 4.0
-    """Factor of the squared error, mean over pixels in [-1, 1]."""
-    held_out: float = 0.2
-    """Share of the images, drawn by the seed, that only measure the result."""
+# --- weights from elsewhere -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FeatureFigures:
-    """What a feature network does on images it was not trained on."""
-
-    accuracy: float
-    rebuild_mse: float
-
-
-def train_features(
-    images: Tensor, labels: Tensor, settings: FeatureTraining, *, width: int = 64
-) -> tuple[DigitsFeatures, FeatureFigures]:
-    """A trained feature network and its figures on the images held out.
+def import_features(source: Path, destination: Path, *, name: str) -> HashedFile:
+    """Turn published weights into a file of `save_features`; so far those of a CIFAR ResNet, its depth found.
 
     Args:
-        images: bytes, [N, 1, 8, 8].
-        labels: classes, [N].
+        source: safetensors with the keys of `CifarResNet`.
+        name: what the features are to be called, such as `resnet56`.
+
+    Raises:
+        BadValue: a name that is reserved, or cannot be part of a distance's name.
+        CheckpointError: the source is unreadable or of another architecture; the message names the tensor.
+            Or the destination cannot be written.
     """
-    order = torch.randperm(len(images), generator=seeds.generator(settings.seed, "features", "split"))
-    num_held_out = round(settings.held_out * len(images))
-    held_out, training = order[:num_held_out], order[num_held_out:]
-    torch.manual_seed(seeds.derive(settings.seed, "features", "weights"))
-    network = DigitsFeatures(width=width, num_classes=int(labels.max()) + 1)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    steps_per_epoch = -(-len(training) // settings.batch)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.num_epochs * steps_per_epoch)
-    shuffle = seeds.generator(settings.seed, "features", "order")
-    for _ in range(settings.num_epochs):
-        shuffled = training[torch.randperm(len(training), generator=shuffle)]
-        for first in range(0, len(shuffled), settings.batch):
-            rows = shuffled[first : first + settings.batch]
-            optimizer.zero_grad(set_to_none=True)
-            features = network(images[rows])
-            loss = functional.cross_entropy(network.classify(features), labels[rows])
-            loss = loss + settings.rebuild_weight * _rebuild_error(network, features, images[rows])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            cycle.step()
-    network.eval()
-    with torch.no_grad():
-        features = network(images[held_out])
-        accuracy = (network.classify(features).argmax(1) == labels[held_out]).float().mean()
-        error = _rebuild_error(network, features, images[held_out])
-    return network, FeatureFigures(accuracy=float(accuracy), rebuild_mse=float(error))
+    _check_name(name, CifarResNet.kind)
+    try:
+        sha256 = sha256_of_file(source)
+        with safe_open(source, framework="pt") as opened:
+            # Counters of batches say nothing about the network; some exports have them.
+            keys = [key for key in opened.keys() if not key.endswith(".num_batches_tracked")]  # noqa: SIM118
+            state = {key: opened.get_tensor(key) for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{source} cannot be read as safetensors: {error}; give published weights") from error
+    num_blocks = len({key.split(".")[1] for key in state if key.startswith("layer1.")})
+    # With no block at all it is none of ours; the comparison then names what is missing.
+    num_classes = state["linear.weight"].numel() // CifarResNet.width if "linear.weight" in state else 10
+    network = CifarResNet(depth=6 * max(num_blocks, 1) + 2, num_classes=max(num_classes, 1))
+    _require_tensors(source, state, network)
+    network.load_state_dict(state)
+    return save_features(network, destination, name=name, source_sha256=sha256)
 
 
-def _rebuild_error(network: DigitsFeatures, features: Tensor, images: Tensor) -> Tensor:
-    return functional.mse_loss(network.rebuild(features), _unit(images).flatten(1))
+def _require_tensors(source: Path, state: dict[str, Tensor], network: CifarResNet) -> None:
+    """Refuse a file whose tensors are not the network's, naming the first that is not.
+
+    Raises:
+        CheckpointError: as said.
+    """
+    expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    for key in [*expected, *state]:
+        if key not in state:
+            problem = f"it has no tensor {key!r}"
+        elif key not in expected:
+            problem = f"its tensor {key!r} has no place there"
+        elif state[key].shape != expected[key]:
+            problem = f"its tensor {key!r} is {list(state[key].shape)}, not {list(expected[key])}"
+        elif not (state[key].is_floating_point() and bool(state[key].isfinite().all())):
+            problem = f"its tensor {key!r} holds something else than finite floating-point numbers"
+        else:
+            continue
+        depth = network.settings["depth"]
+        raise CheckpointError(f"{source} is no CIFAR ResNet of depth {depth}: {problem}; import weights of one")

@@ -7,9 +7,13 @@ make an FID; with others the distance is named after them, such as `fd-digits`.
 import hashlib
 import json
 import logging
+import zipfile
+import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -21,6 +25,8 @@ from bdense_core.files import write_bytes_atomically
 log = logging.getLogger(__name__)
 
 _FILE_FORMAT = "bdense-statistics-1"
+_UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for npz files that are missing, damaged, pickled, or of another kind."""
 
 
 # --- statistics -----------------------------------------------------------------------------------------
@@ -51,6 +57,15 @@ class Statistics:
             )
         if self.n_samples < 2:
             raise EvaluationError(f"statistics of {self.n_samples} images have no covariance; give 2 or more")
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """A, [d, d], with A A^T the covariance V L V^T: A is V L^(1/2). Kept, since references are used often."""
+        covariance = self.covariance.double()
+        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+        # Rounding makes zero eigenvalues slightly negative.
+        factor: Tensor = vectors * values.clamp(min=0).sqrt()
+        return factor
 
 
 class FeatureStatistics:
@@ -179,14 +194,55 @@ def _metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
+def statistics_from_npz(path: Path, *, features: str, n_samples: int) -> Statistics:
+    """Reads reference statistics as EDM and clean-fid publish them: an npz file with `mu` [d] and `sigma` [d, d].
+
+    Args:
+        features: identity of the feature network they were made with; the file does not say.
+        n_samples: how many images they were made of; the file does not say either.
+
+    Raises:
+        EvaluationError: missing, damaged, or no mean and covariance.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            found = {key: np.asarray(arrays[key]) for key in ("mu", "sigma")}
+    except _UNREADABLE as cause:
+        raise EvaluationError(
+            f"{path} cannot be read as statistics with mu and sigma ({cause}); fetch the file again"
+        ) from cause
+    if problem := _problem_of(found["mu"], found["sigma"]):
+        raise EvaluationError(f"{path} holds no mean and covariance: {problem}; fetch the file again")
+    mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in found.values())
+    return Statistics(mean, covariance, n_samples, features)
+
+
+def _problem_of(mean: np.ndarray, covariance: np.ndarray) -> str | None:
+    """Why two arrays are no mean and covariance, or None."""
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        return f"mu is {mean.dtype} and sigma {covariance.dtype}, not floating-point numbers"
+    if mean.ndim != 1 or mean.size == 0 or covariance.shape != 2 * mean.shape:
+        return f"mu is {list(mean.shape)} and sigma {list(covariance.shape)}, not [d] and [d, d]"
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        return "a value is not finite"
+    variances = covariance.diagonal()
+    if (variances < 0).any():
+        return f"the variance {variances.min():.6g} is negative"
+    # Single precision keeps seven digits; what is farther apart than its rounding is not symmetric.
+    if np.abs(covariance - covariance.T).max() > 1e-6 * variances.max():
+        return "sigma is not symmetric"
+    return None
+
+
 # --- the distance ---------------------------------------------------------------------------------------
 
 
 def frechet_distance(x: Statistics, y: Statistics) -> float:
-    """|mean_x - mean_y|^2 + tr(S_x + S_y - 2 (S_x^(1/2) S_y S_x^(1/2))^(1/2)), in float64.
+    """|mean_x - mean_y|^2 + tr(S_x + S_y - 2 (S_y^(1/2) S_x S_y^(1/2))^(1/2)), in float64.
 
-    Dowson and Landau, 1982; by two symmetric eigendecompositions (spec/fid.md). With no more images
-    than features the covariance is singular and the distance biased; that is logged.
+    Dowson and Landau, 1982; by two symmetric eigendecompositions (spec/fid.md), of which that of y is kept: give
+    the reference as y. With no more images than features the covariance is singular and the distance biased; that
+    is logged.
 
     Raises:
         EvaluationError: other feature networks, or statistics that are not finite.
@@ -207,18 +263,8 @@ def frechet_distance(x: Statistics, y: Statistics) -> float:
                 len(side.mean),
                 side.features,
             )
-    root = _symmetric_root(x.covariance.double())
-    inner = root @ y.covariance.double() @ root
-    # Rounding makes zero eigenvalues slightly negative.
+    # A^T S_x A has the eigenvalues of S_y^(1/2) S_x S_y^(1/2), one product cheaper; clamped as in `factor`.
+    inner = y.factor.T @ x.covariance.double() @ y.factor
     overlap = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
     apart = (x.mean.double() - y.mean.double()).square().sum()
     return max(0.0, float(apart + x.covariance.trace() + y.covariance.trace() - 2 * overlap))
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
-
-
-# --- what a distance is made of -------------------------------------------------------------------------

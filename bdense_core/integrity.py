@@ -11,6 +11,11 @@ from bdense_core.files import HashedFile, sha256_of_file
 
 METADATA = "bdense_network"
 """The entry of a network file that holds its configuration and origin."""
+FEATURES = "bdense_features"
+"""The entry of a feature network's file that holds its name and settings."""
+STATISTICS = "bdense"
+"""The entry of reference statistics that says which features they are of."""
+_KINDS = {METADATA: "network", FEATURES: "feature network", STATISTICS: "statistics"}
 TENSOR = "targets"
 """The one tensor of a cache's shard."""
 
@@ -32,19 +37,19 @@ def check_file(file: HashedFile) -> None:
         )
 
 
-def read_metadata(path: str) -> dict[str, Any]:
-    """A network file's configuration and origin.
+def read_metadata(path: str, entry: str = METADATA) -> dict[str, Any]:
+    """What a file says of itself: of a network, its configuration and origin.
 
     Raises:
-        CheckpointError: the file is damaged, or no network of this project.
+        CheckpointError: the file is damaged, or nothing of the kind that has such an entry.
     """
     try:
         with safe_open(path, framework="numpy") as opened:
-            content = json.loads((opened.metadata() or {})[METADATA])
+            content = json.loads((opened.metadata() or {})[entry])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is no network of this project: {error}") from error
+        raise CheckpointError(f"{path} is no {_KINDS[entry]} of this project: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no network of this project: its description is no object")
+        raise CheckpointError(f"{path} is no {_KINDS[entry]} of this project: its description is no object")
     return content
 
 
@@ -64,6 +69,11 @@ def check_shard(path: Path) -> None:
         intact = False
     if not intact:
         raise CacheError(f"the teacher cache's shard {path} is damaged; delete that file and it is computed anew")
+
+
+def cache_bytes(root: Path) -> int:
+    """What all caches below `root` take on the disk."""
+    return sum(path.stat().st_size for path in root.glob("*/shard-*-*.safetensors"))
 
 
 def check_cache(root: Path, *, at_most_bytes: float = float("inf")) -> int:

@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
     or [B]; `class_labels` one-hot rows [B, label_dim], zeros if left out; `augment_labels`
     [B, augment_dim]. All raise `ShapeMismatch` for a tensor of another shape and `BadValue` for a
     label this network cannot read. The coefficients are computed in at least float32, the U-Net runs
-    in the type of its parameters.
+    in the type of its parameters; its embedding may have another than the rest (`precision.in_half`).
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -99,8 +99,8 @@ class Denoiser(nn.Module):
         raw: Tensor = self.model(
             (at.scale[:, None, None, None] * x).to(dtype),
             at.noise.expand(len(x)),
-            None if labels is None else labels.to(dtype),
-            None if augment is None else augment.to(dtype),
+            labels,
+            augment,
         )
         return raw.to(x.dtype)
 
@@ -138,6 +138,21 @@ class Denoiser(nn.Module):
                 f"{name} are {list(labels.shape)}, but {len(x)} images of this network need {[len(x), width]}"
             )
         return labels.to(x.device)
+
+
+def forward_flops(config: NetworkConfig) -> int:
+    """Floating-point operations of one image's forward pass, a multiplication and its addition counted as two.
+
+    Counted on shapes alone: no weights are made.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = build(config)
+        image = torch.empty(1, config.img_channels, config.img_resolution, config.img_resolution)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.raw(image, torch.ones(1))
+    return int(counter.get_total_flops())
 
 
 def build(config: NetworkConfig) -> Denoiser:

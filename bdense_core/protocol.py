@@ -7,6 +7,8 @@ from bdense_core.files import sha256_of
 
 INCEPTION = "inception"
 """The one feature network whose distance is called FID."""
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""The one file that holds it: inception-2015-12-05.pt as NVIDIA publishes it, the network of EDM's and SFD's FIDs."""
 UINT8 = "uint8: (x * 127.5 + 128).clip(0, 255)"
 """How EDM prepares images for the features (arXiv 2206.00364, its public code)."""
 

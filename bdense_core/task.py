@@ -39,8 +39,19 @@ class Task:
     every_kimg: int
     teacher: HashedFile | None
     evaluation: Evaluation | None
-    cache_root: str
+    cache_root: str | None
+    """The folder of all teacher caches; None: the teacher is asked again in each run."""
+    cache_budget_gb: float | None = None
+    """What all caches may take together; None: what the disk has."""
     device: str = "cpu"
+    compile: bool = False
+    """Whether networks go through torch.compile: minutes at the start, fewer kernels afterwards."""
+    micro_batch: int | None = None
+    """Rows that go through the student at once in training, where a whole batch does not fit; None: all."""
+    snapshots: str | None = None
+    """A folder of this run alone that keeps its state, so that an interrupted run is continued; None: none is kept."""
+    output: str | None = None
+    """Where the trained student is written, as an ordinary network; None: nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,7 +176,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         residual = self.conv0(functional.silu(self.norm0(x)))
-        told = self.affine(emb)[:, :, None, None]  # [B, C or 2C, 1, 1]
+        told = self.affine(emb)[:, :, None, None].to(residual.dtype)  # [B, C or 2C, 1, 1]
         if self.style.adaptive_scale:
             scale, shift = told.chunk(2, dim=1)
             residual = functional.silu(torch.addcmul(shift, self.norm1(residual), scale + 1))
@@ -378,9 +378,10 @@ class SongUNet(UNet):
         emb = torch.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)  # sines first here
         if class_labels is not None:
             # A one-hot row of L entries has mean square 1 / L; the factor brings it to 1.
-            emb = emb + self.map_label(self._drop_labels(class_labels) * math.sqrt(self.config.label_dim))
+            labels = self._drop_labels(class_labels.to(emb.dtype)) * math.sqrt(self.config.label_dim)
+            emb = emb + self.map_label(labels)
         if augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
+            emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         return functional.silu(self.map_layer1(functional.silu(self.map_layer0(emb))))
 
     def _attends(self, res: int, *, last_in_decoder: bool | None = None) -> bool:
@@ -460,10 +461,10 @@ class DhariwalUNet(UNet):
     def _embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         emb = self.map_noise(c_noise).to(self.map_layer0.weight.dtype)
         if augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
+            emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         emb = self.map_layer1(functional.silu(self.map_layer0(emb)))
         if class_labels is not None:
-            emb = emb + self.map_label(self._drop_labels(class_labels))
+            emb = emb + self.map_label(self._drop_labels(class_labels.to(emb.dtype)))
         return functional.silu(emb)
 
     def _register_output(self, res: int, channels: int) -> None:

@@ -42,6 +42,13 @@ class Method(Protocol):
     def forward_units(self) -> tuple[float, float]:
         """Network evaluations for each image, (teacher's, student's); a backward pass counts as two."""
 
+    def cache_bytes(self, image_values: int) -> float:
+        """What one trajectory takes in the teacher cache; 0 without one.
+
+        Args:
+            image_values: channels times pixels of an image.
+        """
+
     def run(self, task: Task) -> Iterator[Event]:
         """Distil one student and score it as it trains; the last event is a `Score` at the whole budget.
 

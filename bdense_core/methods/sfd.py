@@ -1,6 +1,6 @@
 """SFD (arXiv 2409.19681) and its dense form B-DENSE (arXiv 2602.15971): settings, controls and cost.
 
-The loop itself is in `bdense_core/loops/sfd.py`, so that reading a study file needs no torch.
+The loop itself is in `bdense_core/loops/sfd_run.py`, so that reading a study file needs no torch.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,10 @@ from typing import Literal
 from bdense_core.errors import BadValue
 from bdense_core.task import Event, Task
 from bdense_core.weights import PAPER_BEST, Weights, endpoint_only, log_linear, uniform
+
+_ORDERS = {"dpmpp": (1, 3), "ipndm": (1, 4), "deis_tab": (1, 4)}
+"""Of the solvers that have a choice."""
+_CALLS_PER_STEP = {"heun": 2, "dpm2": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +34,17 @@ class SFD:
     sigma_min: float = 0.006
     """Not EDM's 0.002."""
     sigma_max: float = 80.0
+    schedule: Literal["polynomial", "logsnr", "time_uniform"] = "polynomial"
     rho: float = 7.0
-    solver: Literal["dpmpp"] = "dpmpp"
+    """Of the polynomial and the time-uniform schedule."""
+    solver: Literal["dpmpp", "ipndm", "deis_tab", "heun", "dpm2", "euler"] = "dpmpp"
+    """The teacher's."""
     solver_order: int = 3
+    """Of the multistep solvers; the others have one order."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the networks compute in; weights stay float32. The authors: float16, which falls back on overflow."""
+    targets: Literal["float16", "float32"] = "float16"
+    """How the teacher's states are kept."""
 
     def __post_init__(self) -> None:
         positive = {
@@ -44,8 +56,11 @@ class SFD:
                 raise BadValue(f"method.{name} must be positive, got {value}")
         if self.sigma_max <= self.sigma_min:
             raise BadValue(f"method.sigma_max ({self.sigma_max}) must exceed method.sigma_min ({self.sigma_min})")
-        if not 1 <= self.solver_order <= 3:
-            raise BadValue(f"method.solver_order must be 1, 2 or 3, got {self.solver_order}")
+        lowest, highest = _ORDERS.get(self.solver, (1, 4))
+        if not lowest <= self.solver_order <= highest:
+            raise BadValue(
+                f"method.solver_order must be {lowest} to {highest} for {self.solver}, got {self.solver_order}"
+            )
         if not 0 < self.lr_drop_at <= 1:
             raise BadValue(f"method.lr_drop_at must lie in (0, 1], got {self.lr_drop_at}")
         if self.steps_per_interval < 1 or self.steps_per_interval % self.num_branches:
@@ -58,6 +73,11 @@ class SFD:
     def steps_per_interval(self) -> int:
         """Teacher steps between two student times."""
         return self.num_branches if self.teacher_steps is None else self.teacher_steps
+
+    @property
+    def order(self) -> int | None:
+        """The order that the solver is told; None for one without a choice."""
+        return self.solver_order if self.solver in _ORDERS else None
 
     @property
     def num_steps(self) -> int:
@@ -92,9 +112,14 @@ class SFD:
 
     def forward_units(self) -> tuple[float, float]:
         """Per trajectory: every teacher step, and three for each trained interval (spec 1.5)."""
-        return float(self.steps_per_interval * (self.num_steps - 1)), 3.0 * self.nfe
+        teacher_steps = self.steps_per_interval * (self.num_steps - 1)
+        return float(teacher_steps * _CALLS_PER_STEP.get(self.solver, 1)), 3.0 * self.nfe
+
+    def cache_bytes(self, image_values: int) -> float:
+        """The teacher's state at each branch time of the trained intervals."""
+        return float(self.nfe * self.num_branches * image_values * (2 if self.targets == "float16" else 4))
 
     def run(self, task: Task) -> Iterator[Event]:
-        from bdense_core.loops import sfd
+        from bdense_core.loops import sfd_run
 
-        return sfd.run(self, task)
+        return sfd_run.run(self, task)

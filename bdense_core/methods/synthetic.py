@@ -65,6 +65,9 @@ class Synthetic:
     def forward_units(self) -> tuple[float, float]:
         return 0.0, 0.0
 
+    def cache_bytes(self, image_values: int) -> float:
+        return 0.0
+
     def truth(self, weights: Weights) -> float:
         """The score without noise."""
         return self.optimum + self.curvature * (shares(weights)[-1] - self.best_share) ** 2

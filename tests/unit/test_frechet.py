@@ -3,6 +3,7 @@ import logging
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from bdense_core.frechet import (
     frechet_distance,
     load_statistics,
     save_statistics,
+    statistics_from_npz,
     statistics_of,
 )
 from bdense_core.protocol import Protocol, require_same_protocol
@@ -49,6 +51,27 @@ def test_distance_is_symmetric_and_zero_to_itself():
     x, y = statistics_of(features(50, 8), "digits"), statistics_of(2 * features(60, 8, 1), "digits")
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-12)
     assert 0 <= frechet_distance(x, x) < 1e-12
+
+
+def test_the_reference_is_decomposed_once(monkeypatch):
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(len(matrix)) or eigh(matrix))
+    reference = statistics_of(features(40, 8), "digits")
+    first, second = (statistics_of(features(50, 8, seed), "digits") for seed in (1, 2))
+    assert frechet_distance(first, reference) == frechet_distance(first, replace(reference))
+    assert frechet_distance(second, reference) > 0
+    assert calls == [8, 8]  # of the reference and its copy, neither twice
+
+
+@pytest.mark.parametrize("n_samples", [60, 10])  # of 20 features: full rank, and singular
+def test_distance_is_that_of_a_general_matrix_root(n_samples):
+    """The textbook's tr (S_x S_y)^(1/2), by the eigenvalues of a product that is not symmetric."""
+    x, y = statistics_of(features(n_samples, 20), "digits"), statistics_of(3 * features(40, 20, 1) + 1, "digits")
+    overlap = np.sqrt(np.linalg.eigvals((x.covariance @ y.covariance).numpy()).real.clip(min=0)).sum()
+    apart = (x.mean - y.mean).square().sum()
+    expected = float(apart + x.covariance.trace() + y.covariance.trace()) - 2 * overlap
+    # Rounding leaves eigenvalues of 1e-16 where a singular product has none, and their roots are 1e-8.
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-12 if n_samples > 20 else 1e-7)
 
 
 def test_singular_covariances_give_a_warning_and_a_finite_distance(caplog):
@@ -163,6 +186,57 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, monkeypa
         save_statistics(statistics_of(features(20, 5, 1), "digits"), path)
     assert load_statistics(path, sha256=digest).n_samples == 20
     assert [p.name for p in tmp_path.iterdir()] == ["reference.safetensors"]
+
+
+def test_published_statistics_are_read_in_double_precision(tmp_path):
+    known = statistics_of(features(20, 5), "digits")
+    for dtype, tolerance in ((np.float64, 0), (np.float32, 1e-6)):
+        np.savez(tmp_path / "r.npz", mu=known.mean.numpy().astype(dtype), sigma=known.covariance.numpy().astype(dtype))
+        read = statistics_from_npz(tmp_path / "r.npz", features="inception@ab", n_samples=50_000)
+        assert (read.features, read.n_samples) == ("inception@ab", 50_000)
+        assert read.mean.dtype == read.covariance.dtype == torch.float64
+        assert torch.allclose(read.mean, known.mean, rtol=0, atol=tolerance)
+        assert torch.allclose(read.covariance, known.covariance, rtol=0, atol=tolerance)
+
+
+IDENTITY = np.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"mu": np.zeros(3)}, "sigma is not a file"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu is \[3\] and sigma \[4, 4\]"),
+        ({"mu": np.zeros((1, 3)), "sigma": IDENTITY}, r"mu is \[1, 3\]"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu is \[0\]"),
+        ({"mu": np.array(["a"] * 3), "sigma": IDENTITY}, "mu is <U1"),
+        ({"mu": np.zeros(3), "sigma": IDENTITY + np.eye(3, k=1)}, "not symmetric"),
+        ({"mu": np.full(3, np.nan), "sigma": IDENTITY}, "not finite"),
+        ({"mu": np.zeros(3), "sigma": np.diag([1, 1, np.inf])}, "not finite"),
+        ({"mu": np.zeros(3), "sigma": -IDENTITY}, "variance -1 is negative"),
+    ],
+)
+def test_arrays_that_are_no_mean_and_covariance_are_refused(tmp_path, arrays, problem):
+    np.savez(tmp_path / "r.npz", **arrays)
+    with pytest.raises(EvaluationError, match=problem):
+        statistics_from_npz(tmp_path / "r.npz", features="digits", n_samples=10)
+
+
+def test_missing_damaged_and_pickled_statistics_are_refused(tmp_path):
+    path = tmp_path / "r.npz"
+    with pytest.raises(EvaluationError, match="cannot be read as statistics"):
+        statistics_from_npz(path, features="digits", n_samples=10)
+    np.savez(path, mu=np.zeros(3), sigma=IDENTITY)
+    whole = path.read_bytes()
+    np.save(tmp_path / "array.npy", IDENTITY)
+    np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=IDENTITY)
+    altered = bytearray(whole)
+    altered[whole.index(b"NUMPY") + 130] ^= 1
+    array, pickled = (tmp_path / "array.npy").read_bytes(), (tmp_path / "pickled.npz").read_bytes()
+    for content in (b"", b"no statistics", whole[:200], bytes(altered), array, pickled):
+        path.write_bytes(content)
+        with pytest.raises(EvaluationError, match="cannot be read as statistics"):
+            statistics_from_npz(path, features="digits", n_samples=10)
 
 
 PROTOCOL = Protocol(

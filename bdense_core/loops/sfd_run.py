@@ -1,0 +1,211 @@
+"""One whole distillation by SFD: train on the targets, score now and then, keep what is needed to go on."""
+
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense_core import seeds
+from bdense_core.branches import with_branches, without_branches
+from bdense_core.checkpoints import load_network, save_network
+from bdense_core.devices import check_device, place
+from bdense_core.errors import TrainingDiverged
+from bdense_core.evaluation import Metric
+from bdense_core.loops.sfd import adam, first_states, learning_rate, make_grid, sample, train_intervals
+from bdense_core.loops.sfd_targets import Batch, Targets
+from bdense_core.methods.sfd import SFD
+from bdense_core.precision import Trainee
+from bdense_core.snapshots import Snapshots
+from bdense_core.task import Event, Progress, Score, Task, report_steps
+
+_PROGRESS_EVERY = 8
+"""Iterations between two signs of life."""
+SNAPSHOT_EVERY_S = 120.0
+"""Seconds of training that an interrupted run may lose."""
+
+
+def run(method: SFD, task: Task) -> Iterator[Event]:
+    """Distil one student; see `Method.run`.
+
+    With `Task.snapshots` an interrupted run goes on where its last snapshot is, and ends as an undisturbed one would:
+    on the CPU bit for bit. What had been scored before is said again.
+    """
+    distillation = Distillation(method, task)
+    yield from distillation.scores()
+    with distillation.targets as targets:
+        while not distillation.ended:
+            for _ in targets.fill(distillation.iteration):
+                yield distillation.progress("teacher cache")
+            distillation.train(targets.batch(distillation.iteration))
+            if distillation.due:
+                yield from distillation.score()
+                if distillation.ended:
+                    distillation.write_student()
+                distillation.keep()
+                yield distillation.scores()[-1]
+            else:
+                distillation.keep(unless_within_s=SNAPSHOT_EVERY_S)
+                if distillation.iteration % _PROGRESS_EVERY == 1:
+                    yield distillation.progress("train")
+
+
+class Distillation:
+    """A run: the student, how far it is, and what has been found on the way; continued from its snapshot, if any."""
+
+    def __init__(self, method: SFD, task: Task) -> None:
+        assert task.teacher is not None and task.evaluation is not None
+        self.method, self.task = method, task
+        self.iteration = 0
+        self._device = check_device(task.device)
+        teacher = load_network(task.teacher)
+        student = place(with_branches(teacher, method.num_branches), self._device).requires_grad_(True).train()
+        self.config = student.config
+        self._trainee = Trainee(student, adam(student, method), method.precision)
+        if task.compile:
+            self._trainee.network.model.compile()
+        self._weights = torch.tensor(task.weights, dtype=torch.float32, device=self._device)
+        self._metric = Metric(task.evaluation, task.device)
+        self._grid = make_grid(method)
+        self.targets = Targets(method, task, self._grid, teacher.config, self._device)
+        self._steps = report_steps(method.budget_kimg, task.every_kimg)
+        self._scores: list[tuple[int, float, float]] = []
+        self._last_finite: float | None = None
+        self._snapshots = Snapshots(Path(task.snapshots), identity=identity(method, task)) if task.snapshots else None
+        self._kept_at = time.monotonic()
+        self._resume()
+
+    @property
+    def done(self) -> float:
+        return self.iteration / self.method.num_iterations
+
+    @property
+    def ended(self) -> bool:
+        return self.iteration == self.method.num_iterations
+
+    @property
+    def images(self) -> int:
+        return self.iteration * self.method.batch
+
+    @property
+    def due(self) -> bool:
+        """Whether a score is to come now: a large batch may pass several steps at once."""
+        return bool(self._passed()) or self.ended
+
+    def progress(self, phase: str) -> Progress:
+        return Progress(kimg=self.images / 1000, done=self.done, phase=phase, loss=self._last_finite)
+
+    def scores(self) -> list[Score]:
+        """All so far."""
+        return [Score(kimg=kimg, value=value, done=done) for kimg, value, done in self._scores]
+
+    def train(self, batch: Batch) -> None:
+        """One iteration: an optimizer step for each trained interval.
+
+        Raises:
+            TrainingDiverged: a loss is not finite.
+        """
+        # Dropout depends on the iteration alone: nothing to keep for a run that goes on elsewhere.
+        torch.manual_seed(seeds.derive(self.task.seed, "dropout", self.iteration))
+        for group in self._trainee.optimizer.param_groups:
+            group["lr"] = learning_rate(self.method, self.iteration)
+        trained = train_intervals(
+            self._trainee,
+            first_states(batch.noise, self._grid),
+            batch.states,
+            weights=self._weights,
+            grid=self._grid,
+            labels=batch.labels,
+            micro_batch=self.task.micro_batch,
+        )
+        losses = torch.stack([terms for terms, _ in trained])  # [J', K]
+        self.iteration += 1
+        self._check_finite((losses * self._weights).sum(1).tolist())
+
+    def score(self) -> Generator[Event, None, None]:
+        """Measure the student as it is now; signs of life on the way."""
+        network, step = self._trainee.network.eval(), self._steps[-1] if self.ended else self._passed()[-1]
+        shape = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
+
+        def draw(noise: Tensor, labels: Tensor | None) -> Tensor:
+            return sample(network, noise, self._grid, labels)
+
+        measuring = self._metric.measure(draw, shape, self.config.label_dim)
+        while True:
+            try:
+                next(measuring)
+            except StopIteration as end:
+                value: float = end.value
+                break
+            yield Progress(kimg=self.images / 1000, done=min(self.done, 1 - 1e-6), phase="evaluation")
+        network.train()
+        self._scores.append((step, value, self.done))
+
+    def keep(self, *, unless_within_s: float = 0.0) -> None:
+        """Write a snapshot, unless the last one is younger."""
+        if self._snapshots is None or time.monotonic() - self._kept_at < unless_within_s:
+            return
+        values = {"scores": self._scores, "last_finite": self._last_finite, "precision": self._trainee.precision}
+        self._snapshots.save(self.iteration, self._trainee.state(), values)
+        self._kept_at = time.monotonic()
+
+    def write_student(self) -> None:
+        """The trained student as an ordinary network of the teacher's size, if the task wants it."""
+        if self.task.output is None:
+            return
+        assert self.task.teacher is not None
+        about = {
+            "method": asdict(self.method),
+            "weights": list(self.task.weights),
+            "seed": self.task.seed,
+            "teacher_sha256": self.task.teacher.sha256,
+            "scores": [[kimg, value] for kimg, value, _ in self._scores],
+            "sampler": {
+                "solver": "euler",
+                "afs": self._grid.first_trained == 1,
+                "sigmas": self._grid.student.tolist(),
+            },
+        }
+        save_network(without_branches(self._trainee.student), Path(self.task.output), about)
+
+    def _resume(self) -> None:
+        found = self._snapshots.latest() if self._snapshots else None
+        if found is None:
+            return
+        self.iteration = found.step
+        self._scores = [(int(kimg), float(value), float(done)) for kimg, value, done in found.values["scores"]]
+        self._last_finite = found.values["last_finite"]
+        if found.values["precision"] != self._trainee.precision:
+            self._trainee.fall_back()
+        self._trainee.restore(found.tensors)
+
+    def _passed(self) -> list[int]:
+        """Steps that are behind the student and not scored yet."""
+        last = self._scores[-1][0] if self._scores else 0
+        return [step for step in self._steps if last < step and step * 1000 <= self.images]
+
+    def _check_finite(self, losses: Sequence[float]) -> None:
+        """The first interval whose loss is not finite ends the run."""
+        for interval, loss in enumerate(losses, start=self._grid.first_trained):
+            if not math.isfinite(loss):
+                raise TrainingDiverged(kimg=self.images / 1000, interval=interval, last_finite_loss=self._last_finite)
+            self._last_finite = loss
+
+
+def identity(method: SFD, task: Task) -> dict[str, Any]:
+    """All that a run's state depends on: what a snapshot must agree with to be continued."""
+    assert task.teacher is not None and task.evaluation is not None
+    evaluation = task.evaluation
+    return {
+        "method": asdict(method),
+        "weights": list(task.weights),
+        "seed": task.seed,
+        "every_kimg": task.every_kimg,
+        "teacher_sha256": task.teacher.sha256,
+        "protocol": evaluation.protocol.to_dict(),
+        "evaluation_seed": evaluation.seed,
+    }
