@@ -67,15 +67,23 @@ def launch(
     """Create or resume a study and run it. Without a file: the quickstart on the digits."""
     _hide_password(storage)
     from search import launch as launching
-    from search.spec import load_study, studies_folder
+    from search.study_file import load_study, studies_folder
 
     if trials is not None:
         overrides = (*overrides, f"budget.trials={trials}")
-    study = load_study(file or studies_folder() / "digits.yaml", name=name, overrides=overrides)
-    if dry_run:
-        _print_plan(study.to_dict(), launching.plan(study), form)
-        return
     settings = _settings(storage, ray_address)
+    study = load_study(
+        file or studies_folder() / "digits.yaml",
+        name=name,
+        overrides=overrides,
+        models=settings.models,
+        tolerate_missing=dry_run,
+    )
+    if dry_run:
+        from search.plan import plan
+
+        _print_plan(study.to_dict(), plan(study, settings), form)
+        return
     outcome = launching.launch(study, settings, with_dashboard=not no_dashboard, dashboard_port=dashboard_port)
     if outcome.interrupted:
         again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])])

@@ -16,6 +16,7 @@ from bdense_core.errors import BDenseError
 from bdense_core.integrity import check_cache, check_file, read_metadata
 from search import dashboard, ray_environment, server
 from search.errors import StorageError
+from search.model_files import check_reference
 from search.settings import Settings, mask
 from search.spec import Study
 from search.storage import Database, StudyStore
@@ -70,6 +71,7 @@ def preflight(study: Study, settings: Settings) -> None:
 
     Raises:
         CheckpointError, CacheError: a file is damaged.
+        EvaluationError: the reference was made with other features.
     """
     if study.teacher:
         check_file(study.teacher)
@@ -77,32 +79,8 @@ def preflight(study: Study, settings: Settings) -> None:
     if study.evaluation:
         check_file(study.evaluation.features)
         check_file(study.evaluation.reference)
+        check_reference(study.evaluation.features, study.evaluation.reference)
     check_cache(settings.cache, at_most_bytes=_CHECKED_CACHE_BYTES)
-
-
-def plan(study: Study) -> dict[str, Any]:
-    """What a launch of this study would do, for `--dry-run`: runs, and network evaluations of each kind."""
-    method, spec = study.spec.method, study.spec
-    controls = study.controls()
-    runs = spec.budget.trials + len(controls) * spec.seeds.control_repeats
-    teacher_units, student_units = method.forward_units()
-    images = method.budget_kimg * 1000
-    evaluated = 0
-    if study.evaluation:
-        evaluated = runs * len(study.steps) * study.evaluation.n_samples * method.nfe
-    return {
-        "trials": spec.budget.trials,
-        "controls": list(controls),
-        "control_repeats": spec.seeds.control_repeats,
-        "runs": runs,
-        "scored_at_kimg": list(study.steps),
-        "network_evaluations": {
-            "teacher_cache": round(teacher_units * images) * spec.seeds.control_repeats,
-            "student_training": round(student_units * images) * runs,
-            "student_scoring": evaluated,
-        },
-        "without_cache": {"teacher": round(teacher_units * images) * runs},
-    }
 
 
 def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int) -> Outcome:

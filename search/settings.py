@@ -84,16 +84,13 @@ class Settings:
         return self.home / "cache"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.home / "checkpoints"
+    def models(self) -> Path:
+        """Teachers, feature networks and reference statistics, by name."""
+        return self.home / "models"
 
     @property
     def ray(self) -> Path:
         return self.home / "ray"
-
-    @property
-    def logs(self) -> Path:
-        return self.home / "logs"
 
     def create(self, folder: Path) -> Path:
         """Make one of the folders above, and `home`, readable by this user alone; an existing one stays.

@@ -1,20 +1,16 @@
-"""A study as its YAML file says it: read, overridden, validated, resolved. No torch, no database."""
+"""What a study is: the sections of its file, and the resolved study that everything else works with."""
 
 import difflib
-import itertools
-import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bdense_core import assets
-from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey, WeightsError
-from bdense_core.files import HashedFile, sha256_of, sha256_of_file
+from bdense_core.errors import BadValue, ConfigError, UnknownKey
+from bdense_core.files import HashedFile, sha256_of
 from bdense_core.methods import AnyMethod
 from bdense_core.task import Evaluation, Task, report_steps
 from bdense_core.weights import Weights, checked
@@ -80,7 +76,20 @@ class ResourcesSection(_Section):
 
     cpus: float = Field(default=1.0, gt=0)
     gpus: float = Field(default=0.0, ge=0)
+    compile: bool = False
+    """Whether networks go through torch.compile."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Images that go through the student at once in training, where a whole batch does not fit the device."""
     max_parallel: int | None = Field(default=None, ge=1)
+
+
+class CacheSection(_Section):
+    """The teacher's trajectories, computed once for all trials."""
+
+    enabled: bool = True
+    """Without it every trial asks the teacher again: up to three times the work, and no disk."""
+    budget_gb: float | None = Field(default=None, gt=0)
+    """What all caches of the machine may take together; checked before one is filled."""
 
 
 class LeaseSection(_Section):
@@ -104,6 +113,7 @@ class StudySpec(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     description: str = ""
     dataset: str = "digits"
+    """What the teacher was trained on; for people, and to notice a teacher of something else."""
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     teacher: str | None = None
     """A shipped teacher, or the path of one (relative to the study file)."""
@@ -114,10 +124,11 @@ class StudySpec(_Section):
     pruner: PrunerSection = PrunerSection()
     seeds: SeedsSection = SeedsSection()
     resources: ResourcesSection = ResourcesSection()
+    cache: CacheSection = CacheSection()
     lease: LeaseSection = LeaseSection()
 
 
-MUTABLE = ("description", "budget.trials", "budget.max_failures", "resources", "lease")
+MUTABLE = ("description", "budget.trials", "budget.max_failures", "resources", "cache", "lease")
 """Keys that may change between two launches of one study: they do not touch any result."""
 
 
@@ -128,6 +139,8 @@ class Study:
     spec: StudySpec
     teacher: HashedFile | None
     evaluation: Evaluation | None
+    missing: tuple[str, ...] = ()
+    """What is not on this machine, and how to get it; empty unless it was asked to be tolerated."""
 
     @property
     def name(self) -> str:
@@ -135,7 +148,10 @@ class Study:
 
     @property
     def metric(self) -> str:
-        return self.evaluation.protocol.metric if self.evaluation else f"{self.spec.method.kind}-score"
+        """What the values are called."""
+        if self.evaluation:
+            return self.evaluation.protocol.metric
+        return f"{self.spec.method.kind}-score"
 
     @property
     def num_branches(self) -> int:
@@ -152,15 +168,24 @@ class Study:
     def control_seeds(self) -> tuple[int, ...]:
         return tuple(self.spec.seeds.training + i for i in range(self.spec.seeds.control_repeats))
 
+    @property
+    def seeds(self) -> int:
+        """Training seeds that some run uses; each has teacher trajectories of its own."""
+        return len(self.control_seeds())
+
     def task(self, weights: Weights, seed: int, *, cache_root: Path) -> Task:
+        """One distillation of this study, on the device that its resources name."""
         return Task(
             weights=weights,
             seed=seed,
             every_kimg=self.spec.budget.every_kimg,
             teacher=self.teacher,
             evaluation=self.evaluation,
-            cache_root=str(cache_root),
+            cache_root=str(cache_root) if self.spec.cache.enabled else None,
+            cache_budget_gb=self.spec.cache.budget_gb,
             device="cuda" if self.spec.resources.gpus > 0 else "cpu",
+            compile=self.spec.resources.compile,
+            micro_batch=self.spec.resources.micro_batch,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,7 +206,7 @@ class Study:
         files = stored.get("files", {})
         teacher, evaluation = files.get("teacher"), files.get("evaluation")
         return cls(
-            spec=_validate({key: value for key, value in stored.items() if key != "files"}, "the stored study"),
+            spec=validate({key: value for key, value in stored.items() if key != "files"}, "the stored study"),
             teacher=HashedFile(**teacher) if teacher else None,
             evaluation=Evaluation(
                 **{
@@ -222,62 +247,12 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
-def load_study(path: Path, *, name: str | None = None, overrides: tuple[str, ...] = ()) -> Study:
-    """Read a study file, apply `KEY=VALUE` overrides, validate, and hash the files it names.
+def validate(values: dict[str, Any], source: str) -> StudySpec:
+    """A specification from plain values.
 
     Raises:
-        ConfigError: the file is missing or wrong; the message says which key and what is known.
-        CheckpointError: a file that it names is missing.
+        ConfigError: the first thing that is wrong with them, in words for people; `source` says where it stands.
     """
-    path = path if path.exists() else _shipped(path)
-    values = _read(path)
-    for override in overrides:
-        _override(values, override)
-    if name is not None:
-        values["name"] = name
-    return _resolve(_validate(values, str(path)), path.parent)
-
-
-def _shipped(path: Path) -> Path:
-    """A shipped study by its bare name, with or without the ending; else the path as it is."""
-    shipped = studies_folder() / path.with_suffix(".yaml").name
-    return shipped if path.parent == Path() and path.suffix in ("", ".yaml") and shipped.exists() else path
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        known = ", ".join(sorted(p.name for p in studies_folder().glob("*.yaml")))
-        raise ConfigError(f"there is no study file {path}; shipped studies: {known}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the study file {path}: {error}") from error
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no valid YAML: {detail}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, as in studies/digits.yaml")
-    return values
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    """Apply one `a.b=value` in place; the value is YAML."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise BadValue(f"--set wants KEY=VALUE, got {text!r}; for example --set method.lr=1e-4")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise BadValue(f"--set {text}: {parent} is a value, not a section")
-        values = inner
-    try:
-        values[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise BadValue(f"--set {text}: the value is no valid YAML") from error
-
-
-def _validate(values: dict[str, Any], source: str) -> StudySpec:
     try:
         return StudySpec.model_validate(values)
     except ValidationError as error:
@@ -347,63 +322,6 @@ def _kind_of(method: Any) -> Any:
     return next((f.default for f in fields(method) if f.name == "kind"), None)
 
 
-def _resolve(spec: StudySpec, folder: Path) -> Study:
-    _check_sense(spec)
-    if not spec.method.needs_teacher:
-        return Study(spec=spec, teacher=None, evaluation=None)
-    section = spec.evaluation or EvaluationSection()
-    if spec.teacher is None:
-        raise BadValue("the study names no teacher; add `teacher: digits`, or the path of one")
-    features = _file(section.features, "features", folder)
-    reference = _file(section.reference or section.features, "reference", folder)
-    evaluation = Evaluation(
-        features_name=Path(section.features).stem,
-        features=features,
-        reference=reference,
-        n_samples=section.n_samples,
-        seed=section.seed,
-        batch=section.batch,
-    )
-    return Study(spec=spec, teacher=_file(spec.teacher, "teacher", folder), evaluation=evaluation)
-
-
-def _check_sense(spec: StudySpec) -> None:
-    """What each section alone cannot know."""
-    for key, value in flatten(spec.model_dump(mode="python")).items():
-        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
-            raise BadValue(f"{key} must be finite, got {value}")
-    if len(spec.method.terms) < 2:
-        raise BadValue("method.num_branches must be at least 2: a single branch has no weights to search")
-    if spec.method.budget_kimg != int(spec.method.budget_kimg):
-        raise BadValue(f"method.budget_kimg must be whole, as scores come at whole kimg; got {spec.method.budget_kimg}")
-    for corner in itertools.product(*spec.space.axes().values()):
-        try:
-            spec.space.weights(dict(zip(spec.space.axes(), corner, strict=True)), len(spec.method.terms))
-        except WeightsError as error:
-            raise BadValue(f"space reaches {corner}, which gives no weights: {error}") from error
-    datasets = sorted({asset.partition("/")[0] for asset in assets.names()})
-    if spec.dataset not in datasets:
-        raise BadValue(f"dataset is {spec.dataset!r}; known: {', '.join(datasets)}")
-    if spec.teacher in datasets and spec.teacher != spec.dataset:
-        raise BadValue(f"the teacher {spec.teacher!r} does not belong to the dataset {spec.dataset!r}")
-
-
-def _file(name: str, role: str, folder: Path) -> HashedFile:
-    """A shipped asset by its name, or a file by its path."""
-    shipped = f"{name}/{role}.safetensors"
-    if shipped in assets.names():
-        return assets.hashed(shipped)
-    path = Path(name).expanduser()
-    path = path if path.is_absolute() else folder / path
-    try:
-        return HashedFile(path=str(path.resolve()), sha256=sha256_of_file(path))
-    except OSError as error:
-        known = ", ".join(sorted({asset.partition("/")[0] for asset in assets.names()}))
-        raise CheckpointError(
-            f"there is no {role} {name!r}: {path} cannot be read ({error.strerror or error}); shipped: {known}"
-        ) from error
-
-
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted keys."""
     flat: dict[str, Any] = {}
@@ -413,10 +331,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def studies_folder() -> Path:
-    """Where the shipped study files are: beside the checkout's packages, or inside the installed wheel."""
-    here = Path(__file__).resolve().parent
-    installed = here / "studies"
-    return installed if installed.is_dir() else here.parent / "studies"

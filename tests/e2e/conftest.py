@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from search import server
-from search.spec import studies_folder
+from search.study_file import studies_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path(sys.executable).parent / "bdense-weights"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from bdense_core import assets
-from search.spec import studies_folder
+from search.study_file import studies_folder
 
 pytestmark = pytest.mark.e2e
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from search.spec import studies_folder
+from search.study_file import studies_folder
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
 

@@ -21,6 +21,7 @@ from bdense_core.branches import with_branches
 from bdense_core.loops import sfd
 from bdense_core.methods.sfd import SFD
 from bdense_core.networks import Denoiser, NetworkConfig, build
+from bdense_core.precision import Trainee
 
 TOLERANCES = (
     "tol_maxabs",
@@ -159,8 +160,7 @@ def replay(vectors: Vectors, teacher: Denoiser, num_branches: int, weights: list
         optimizer.param_groups[0]["lr"] = sfd.learning_rate(method, iteration)
         rates.append([])
         for terms, before in sfd.train_intervals(
-            student,
-            optimizer,
+            Trainee(student, optimizer),
             sfd.first_states(noise, grid),
             target[:, len(predicted) :],
             weights=torch.tensor(weights, dtype=torch.float32),

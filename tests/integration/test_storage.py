@@ -13,8 +13,9 @@ import psycopg2
 import pytest
 
 from search.errors import LeaseLost, StorageError, StudyExists, StudyNotFound
-from search.spec import Study, load_study, studies_folder
+from search.spec import Study
 from search.storage import Database, StudyStore
+from search.study_file import load_study, studies_folder
 
 SYNTHETIC = studies_folder() / "synthetic.yaml"
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import bdense_core
-from bdense_core.cache import TrajectoryCache
+from bdense_core.cache import Recomputed, TrajectoryCache
 from bdense_core.errors import CacheError
 from bdense_core.integrity import check_cache
 
 IDENTITY = {"teacher": "abc", "seed": 1}
-NUM_ROWS, SHARD_ROWS = 45, 4  # the last of 12 shards has one row
+NUM_ROWS, SHARD_ROWS = 45, 4  # of the last of 12 shards one row is wanted
 
 
 def row_values(first, end):
@@ -32,7 +32,7 @@ def make_cache(root, *, identity=IDENTITY, compute=row_values, num_rows=NUM_ROWS
 
 def filled(root, **settings):
     cache = make_cache(root, **settings)
-    for _ in cache.fill(cache.num_rows):
+    for _ in cache.fill(0, cache.num_rows):
         pass
     return cache
 
@@ -62,16 +62,69 @@ def test_each_shard_is_computed_once_and_only_when_it_is_needed(tmp_path):
         return row_values(first, end)
 
     cache = make_cache(tmp_path, compute=compute)
-    assert list(cache.fill(5)) == [0, 1]
+    assert list(cache.fill(0, 5)) == [0, 1]
     assert asked == [(0, 4), (4, 8)]
-    assert list(cache.fill(8)) == []
-    for _ in cache.fill(NUM_ROWS + 100):
+    assert list(cache.fill(0, 8)) == []
+    for _ in cache.fill(0, NUM_ROWS + 100):
         pass
-    assert asked[-1] == (44, 45)
+    assert asked[-1] == (44, 48)
     assert len(asked) == cache.computed == cache.num_shards == 12
     again = filled(tmp_path, compute=None)  # a second worker finds all of it
     assert again.computed == 0
     assert torch.equal(again.rows(0, NUM_ROWS), row_values(0, NUM_ROWS))
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
+    assert filled(tmp_path, num_rows=10).computed == 3
+    assert filled(tmp_path, num_rows=20).computed == 2
+    assert filled(tmp_path, num_rows=7).computed == 0
+
+
+def test_rows_in_the_middle_are_made_without_those_before_them(tmp_path):
+    cache = make_cache(tmp_path)
+    assert not cache.is_readable(17, 22)
+    assert list(cache.fill(17, 22)) == [4, 5]
+    assert cache.is_readable(17, 22)
+    assert not cache.is_readable(15, 22)
+    assert torch.equal(cache.rows(17, 22), row_values(17, 22))
+
+
+def test_without_a_cache_the_same_rows_are_computed_again(tmp_path):
+    asked = []
+
+    def compute(first, end):
+        asked.append(first)
+        return row_values(first, end)
+
+    rows = Recomputed(num_rows=NUM_ROWS, shard_rows=SHARD_ROWS, compute=compute)
+    for first in range(0, NUM_ROWS, 5):
+        for _ in rows.fill(first, first + 5):
+            pass
+        assert rows.is_readable(first, first + 5)
+        assert torch.equal(rows.rows(first, first + 5), row_values(first, first + 5))
+    assert asked == list(range(0, 48, 4))
+    assert not rows.is_readable(0, 1), "what is behind is let go"
+
+
+# --- the disk -------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(tmp_path):
+    cache = make_cache(tmp_path, compute=None)
+    with pytest.raises(CacheError, match=r"needs .* GB more, but .*cache\.enabled: false"):
+        cache.reserve(10**15)
+    cache.reserve(16)
+    assert shards(tmp_path) == []
+
+
+def test_a_budget_counts_what_is_there_and_what_is_missing(tmp_path):
+    filled(tmp_path, identity={"teacher": "other"})
+    used = sum(path.stat().st_size for path in tmp_path.glob("*/shard-*"))
+    cache = make_cache(tmp_path)
+    cache.reserve(16, budget_bytes=used + 48 * 16 * 1.1)
+    with pytest.raises(CacheError, match=r"cache\.budget_gb .* allows"):
+        cache.reserve(16, budget_bytes=used + 48 * 16 * 0.9)
+    filled(tmp_path).reserve(16, budget_bytes=0)  # nothing is missing
 
 
 def test_another_identity_is_another_folder_that_says_what_it_holds(tmp_path):
@@ -187,7 +240,7 @@ def make(compute, rows=45, shard_rows=4):
     )
 
 def fill(cache):
-    for _ in cache.fill(cache.num_rows):
+    for _ in cache.fill(0, cache.num_rows):
         pass
 """
 
@@ -266,7 +319,7 @@ def test_a_worker_killed_while_it_computes_frees_its_shard(tmp_path, start):
         assert time.monotonic() < deadline
         time.sleep(0.002)
     waiting = make_cache(tmp_path / "cache", num_rows=4)
-    work = waiting.fill(4)
+    work = waiting.fill(0, 4)
     assert next(work) == 0  # the shard is taken: nothing to do but wait
     assert waiting.computed == 0
     worker.send_signal(signal.SIGKILL)

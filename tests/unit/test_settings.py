@@ -135,7 +135,7 @@ def test_loading_creates_nothing(tmp_path):
 def test_a_created_folder_and_its_home_are_private_and_existing_ones_stay(tmp_path):
     settings = Settings.load(home=tmp_path / "a" / "home", environ={})
     settings.home.parent.mkdir(mode=0o755)
-    for folder in (settings.cache, settings.checkpoints, settings.ray, settings.logs, settings.postgres):
+    for folder in (settings.cache, settings.models, settings.ray, settings.postgres):
         assert settings.create(folder).stat().st_mode & 0o777 == 0o700
     assert settings.home.stat().st_mode & 0o777 == 0o700
     settings.cache.chmod(0o750)

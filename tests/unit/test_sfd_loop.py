@@ -9,14 +9,16 @@ from bdense_core import data
 from bdense_core.branches import freeze, with_branches, without_branches
 from bdense_core.checkpoints import load_network, save_network
 from bdense_core.distill import distill
-from bdense_core.errors import ShapeMismatch, TrainingDiverged
+from bdense_core.errors import BadValue, CheckpointError, ShapeMismatch, TrainingDiverged
 from bdense_core.evaluation import reference_statistics
 from bdense_core.features import DigitsFeatures, load_features, save_features
-from bdense_core.files import HashedFile
+from bdense_core.files import HashedFile, sha256_of_file
 from bdense_core.frechet import save_statistics
-from bdense_core.loops import sfd
+from bdense_core.integrity import read_metadata
+from bdense_core.loops import sfd, sfd_run, sfd_targets
 from bdense_core.methods.sfd import SFD
 from bdense_core.networks import NetworkConfig, build
+from bdense_core.precision import Trainee
 from bdense_core.task import Evaluation, Progress, Score, Task
 from bdense_core.weights import endpoint_only, uniform
 
@@ -31,6 +33,12 @@ CONFIG = NetworkConfig.ddpmpp(
 )
 METHOD = SFD(nfe=2, num_branches=4, lr=1e-3, batch=4, budget_kimg=0.012)
 SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """The teacher walks whole shards; these runs need a dozen rows."""
+    monkeypatch.setattr(sfd_targets, "SHARD_ROWS", 32)
 
 
 def network(config=CONFIG, seed=0):
@@ -50,14 +58,14 @@ def train(teacher, method, weights, *, iterations=3, optimizer=None, seed=0, pre
     grid, losses = sfd.make_grid(method), []
     for change in prepare or ():
         change(student)
+    trainee = Trainee(student, optimizer, method.precision)
     for iteration in range(iterations):
         rows = iteration * method.batch, (iteration + 1) * method.batch
         noise = sfd.latents(seed, *rows, SHAPE)
         labels = sfd.uniform_labels(seed, *rows, teacher.config.label_dim)
         targets = sfd.teacher_states(teacher, noise, grid, labels)[:, grid.first_trained :]
         steps = sfd.train_intervals(
-            student,
-            optimizer,
+            trainee,
             sfd.first_states(noise, grid),
             targets,
             weights=torch.tensor(weights),
@@ -341,7 +349,12 @@ def test_a_run_ends_with_the_score_of_its_whole_budget_whatever_the_batch(task):
 
 def test_signs_of_life_come_before_the_first_score_and_never_run_backwards(task):
     events = list(distill(METHOD, task))
-    assert [event.phase for event in events if isinstance(event, Progress)][-1] == "train"
+    phases = [event.phase for event in events if isinstance(event, Progress)]
+    assert [phase for phase, before in zip(phases, [None, *phases], strict=False) if phase != before] == [
+        "teacher cache",
+        "train",
+        "evaluation",
+    ]
     done = [event.done for event in events]
     assert done == sorted(done)
     assert isinstance(events[-1], Score)
@@ -374,3 +387,142 @@ def test_repeats_report_every_seed_and_leave_the_trials_own_value_alone(task):
     expected = [(seed, s.kimg, s.value) for seed in (8, 9) for s in scores(METHOD, replace(task, seed=seed))]
     assert list(repeated.repeats) == expected
     assert len({alone.value, *(value for _, _, value in expected)}) == 1 + len(expected)
+
+
+# --- broken off and continued ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def each_iteration_kept(monkeypatch):
+    monkeypatch.setattr(sfd_run, "SNAPSHOT_EVERY_S", 0.0)
+
+
+LONG = replace(METHOD, nfe=1, num_branches=2, batch=250, budget_kimg=2)
+"""8 iterations; scored after 4 and 8."""
+LONG_WEIGHTS = (0.0, 1.0)
+"""One head never moves: Adam has no moments for it."""
+
+
+@pytest.mark.parametrize("broken_off_at", [0.1, 0.3, 0.6, 0.99])
+def test_a_run_that_is_broken_off_ends_as_an_undisturbed_one_bit_for_bit(
+    task, tmp_path, each_iteration_kept, broken_off_at
+):
+    """With dropout, a falling rate and a score in between."""
+    task = replace(task, weights=LONG_WEIGHTS)
+    expected = scores(LONG, replace(task, output=str(tmp_path / "whole.safetensors")))
+    resumable = replace(task, snapshots=str(tmp_path / "run"), output=str(tmp_path / "resumed.safetensors"))
+    begun = LONG.run(resumable)
+    next(event for event in begun if event.done >= broken_off_at)
+    begun.close()
+    torch.rand(13)
+    continued = LONG.run(resumable)
+    events = list(continued)
+    assert [event for event in events if isinstance(event, Score)] == expected
+    trained = [event for event in events if isinstance(event, Progress) and event.phase == "train"]
+    assert all(event.done >= broken_off_at - 0.13 for event in trained), "it began anew"
+    assert sha256_of_file(tmp_path / "resumed.safetensors") == sha256_of_file(tmp_path / "whole.safetensors")
+    assert scores(LONG, resumable) == expected, "an ended run is only told again"
+
+
+def test_a_snapshot_of_other_weights_is_refused_with_what_differs(task, tmp_path, each_iteration_kept):
+    kept = replace(task, snapshots=str(tmp_path / "run"))
+    scores(METHOD, kept)
+    with pytest.raises(CheckpointError, match="weights"):
+        scores(METHOD, replace(kept, weights=uniform(4)))
+
+
+def test_a_damaged_snapshot_costs_only_the_way_back_to_the_one_before(task, tmp_path, each_iteration_kept):
+    kept = replace(task, snapshots=str(tmp_path / "run"))
+    expected = scores(METHOD, kept)
+    newest = max((tmp_path / "run").glob("snapshot-*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-7])
+    assert scores(METHOD, kept) == expected
+
+
+def test_without_a_cache_the_result_is_the_same_bit_for_bit(task, tmp_path):
+    task = replace(task, weights=LONG_WEIGHTS)
+    assert scores(LONG, replace(task, cache_root=None)) == scores(LONG, task)
+
+
+def test_the_written_student_is_an_ordinary_network_that_knows_its_sampler(task, tmp_path):
+    path = tmp_path / "student.safetensors"
+    scores(METHOD, replace(task, output=str(path)))
+    student = load_network(HashedFile(path=str(path), sha256=sha256_of_file(path)))
+    assert student.config == replace(CONFIG, dropout=0.2)
+    about = read_metadata(str(path))["about"]
+    assert about["weights"] == list(task.weights)
+    assert about["sampler"] == {"solver": "euler", "afs": True, "sigmas": sfd.make_grid(METHOD).student.tolist()}
+
+
+# --- precision ------------------------------------------------------------------------------------------
+
+
+def test_float16_targets_lose_less_than_a_tenth_of_a_grey_level(task, tmp_path):
+    """And the plain states, up to 100 large, would lose far more."""
+    teacher, grid = network(), sfd.make_grid(METHOD)
+    noise = sfd.latents(7, 0, 64, SHAPE)
+    exact = sfd.teacher_states(teacher, noise, grid)[:, grid.first_trained :]
+    targets = {}
+    for kind in ("float16", "float32"):
+        method = replace(METHOD, batch=64, budget_kimg=0.064, targets=kind)
+        with sfd_targets.Targets(method, task, grid, CONFIG, torch.device("cpu")) as source:
+            for _ in source.fill(0):
+                pass
+            targets[kind] = source.batch(0).states
+    # The teacher with dropout in its configuration is another network object with the same weights.
+    assert (targets["float32"] - exact).abs().max() < 2e-5
+    loss = (targets["float16"] - exact).abs().max()
+    plain = (exact.half().float() - exact).abs().max()
+    assert loss < 0.1 / 127.5
+    assert plain > 10 * loss
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_close_to_single_with_masters_in_single(task, tmp_path, precision):
+    found, students = {}, {}
+    for kind in ("float32", precision):
+        path = tmp_path / f"{kind}.safetensors"
+        method = replace(METHOD, precision=kind, budget_kimg=0.04)
+        found[kind] = scores(method, replace(task, output=str(path)))[-1].value
+        students[kind] = load_network(HashedFile(path=str(path), sha256=sha256_of_file(path)))
+    assert {p.dtype for p in students[precision].parameters()} == {torch.float32}
+    teacher = load_network(task.teacher)
+    exact = flat(students["float32"]) - flat(teacher)
+    moved = flat(students[precision]) - flat(teacher)
+    assert torch.nn.functional.cosine_similarity(moved, exact, dim=0) > 0.5
+    assert found[precision] == pytest.approx(found["float32"], rel=0.3)
+
+
+def test_float16_that_overflows_goes_on_in_single_precision(task, tmp_path):
+    """spec/methods.md 1.5: the authors fall back on NaN; bfloat16 has the range and needs no such thing."""
+    large = load_network(task.teacher)
+    with torch.no_grad():
+        large.get_parameter("model.enc.8x8_conv.weight").mul_(3e5)
+    teacher = save_network(large, tmp_path / "large.safetensors")
+    single = scores(METHOD, replace(task, teacher=teacher))
+    half = scores(replace(METHOD, precision="float16"), replace(task, teacher=teacher))
+    assert half[-1].value == pytest.approx(single[-1].value, rel=1e-3)
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once(task):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(BadValue, match=r"device cuda is asked for.*sees 0 GPU"):
+        scores(METHOD, replace(task, device="cuda"))
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm2", "ipndm", "euler", "deis_tab"])
+def test_any_solver_may_be_the_teachers(task, solver):
+    found = scores(replace(METHOD, solver=solver, schedule="logsnr"), task)
+    assert found[-1].value != scores(METHOD, task)[-1].value
+
+
+def test_micro_batches_give_the_gradients_of_the_whole_batch(task, tmp_path):
+    teacher = save_network(network(), tmp_path / "no-dropout.safetensors")
+    paths = [tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"]
+    for path, rows in zip(paths, (None, 3), strict=True):
+        scores(METHOD, replace(task, teacher=teacher, output=str(path), micro_batch=rows))
+    whole, parts = (flat(load_network(HashedFile(path=str(p), sha256=sha256_of_file(p)))) for p in paths)
+    start = flat(load_network(teacher))
+    # Adam turns the rounding noise of a vanishing gradient into whole steps: compare the moves, not each entry.
+    assert (whole - parts).norm() < 0.05 * (whole - start).norm()

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey
-from search.spec import Study, differences, flatten, known_keys, load_study, studies_folder
+from search.spec import Study, differences, flatten, known_keys
+from search.study_file import load_study, studies_folder
 
 MINIMAL = {"name": "t", "method": {"kind": "synthetic"}}
 

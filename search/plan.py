@@ -1,0 +1,106 @@
+"""What a launch of a study would do and need, told before anything is started."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bdense_core.integrity import read_metadata
+from bdense_core.network_config import NetworkConfig
+from search.catalogue import CATALOGUE
+from search.settings import Settings
+from search.spec import EvaluationSection, Study
+
+PAPER_TFLOPS = 59.0
+"""The rate behind the paper's 44 minutes on one A100 for CIFAR-10 at NFE 2 (arXiv 2602.15971): 200,000 trajectories
+of 18 forward passes and 50,000 samples of 2, each of 42.4 GFLOP. Not a measurement of this code."""
+
+
+def plan(study: Study, settings: Settings) -> dict[str, Any]:
+    """Runs, network evaluations, disk and compute, JSON-able; an upper bound, since pruned trials stop early."""
+    method, spec = study.spec.method, study.spec
+    controls = study.controls()
+    runs = spec.budget.trials + len(controls) * spec.seeds.control_repeats
+    teacher_units, student_units = method.forward_units()
+    images = method.budget_kimg * 1000
+    section = spec.evaluation or EvaluationSection()
+    scored = len(study.steps) * section.n_samples * method.nfe if method.needs_teacher else 0
+    teacher_passes = study.seeds if spec.cache.enabled else runs
+    evaluations = {
+        "teacher_cache": round(teacher_units * images) * teacher_passes,
+        "student_training": round(student_units * images) * runs,
+        "student_scoring": scored * runs,
+    }
+    network = _network(study)
+    return {
+        "trials": spec.budget.trials,
+        "controls": list(controls),
+        "control_repeats": spec.seeds.control_repeats,
+        "runs": runs,
+        "scored_at_kimg": list(study.steps),
+        "network_evaluations": evaluations,
+        "without_cache": {"teacher": round(teacher_units * images) * runs},
+        "disk": _disk(study, network, settings.cache),
+        "compute": _compute(study, network, evaluations, per_run=student_units * images + scored),
+        "missing": [*study.missing, *_devices(study, settings)],
+    }
+
+
+def _network(study: Study) -> NetworkConfig | None:
+    """The teacher's, from its file, or as it is published; None where nobody knows yet."""
+    if study.teacher is not None:
+        return NetworkConfig.from_dict(read_metadata(study.teacher.path)["config"])
+    published = CATALOGUE.get(study.spec.teacher or "")
+    return published.network if published else None
+
+
+def _disk(study: Study, network: NetworkConfig | None, cache: Path) -> dict[str, Any]:
+    """Gigabytes of the teacher cache: all seeds together, and what is free where it would be."""
+    if network is None or not study.spec.cache.enabled:
+        return {"teacher_cache_gb": None if study.spec.cache.enabled else 0.0}
+    values = network.img_channels * network.img_resolution**2
+    size = study.spec.method.cache_bytes(values) * study.spec.method.budget_kimg * 1000 * study.seeds
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return {
+        "teacher_cache_gb": round(size / 1e9, 3),
+        "seeds": study.seeds,
+        "folder": str(cache),
+        "free_gb": round(shutil.disk_usage(place).free / 1e9, 1),
+        "budget_gb": study.spec.cache.budget_gb,
+    }
+
+
+def _compute(
+    study: Study, network: NetworkConfig | None, evaluations: dict[str, int], per_run: float
+) -> dict[str, Any]:
+    """Floating-point work, and for a study on GPUs the hours it means at the rate of the paper's own runs."""
+    if network is None:
+        return {"gflop_per_forward": None, "gpu_hours": None}
+    from bdense_core.networks import forward_flops
+
+    flops = forward_flops(network)
+    found: dict[str, Any] = {
+        "gflop_per_forward": round(flops / 1e9, 3),
+        "pflop": {name: round(count * flops / 1e15, 3) for name, count in evaluations.items()},
+        "gpu_hours": None,
+    }
+    if study.spec.resources.gpus:
+        rate = PAPER_TFLOPS * 1e12 * 3600
+        found["gpu_hours"] = round(sum(evaluations.values()) * flops / rate, 2)
+        found["gpu_minutes_per_run_with_cache"] = round(per_run * flops / rate * 60, 1)
+        found["assumed"] = f"{PAPER_TFLOPS:g} TFLOP/s, the rate behind the paper's times on an A100; not measured here"
+    return found
+
+
+def _devices(study: Study, settings: Settings) -> list[str]:
+    """What this machine lacks to run a trial by itself."""
+    wanted = study.spec.resources.gpus
+    if wanted == 0 or settings.ray_address is not None:
+        return []
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    return [
+        f"a trial asks for {wanted:g} GPU(s), and torch sees none on this machine; run it on a cluster that has some: "
+        "--ray-address HOST:PORT"
+    ]

@@ -1,0 +1,168 @@
+"""From a study file to a resolved study: read, overridden, validated, its files found and hashed. No torch."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bdense_core import assets
+from bdense_core.errors import BadValue, ConfigError, WeightsError
+from bdense_core.files import HashedFile
+from bdense_core.task import Evaluation
+from search.errors import MissingFile
+from search.model_files import Role, features_name, find
+from search.spec import EvaluationSection, Study, StudySpec, flatten, validate
+
+
+def load_study(
+    path: Path,
+    *,
+    name: str | None = None,
+    overrides: tuple[str, ...] = (),
+    models: Path | None = None,
+    tolerate_missing: bool = False,
+) -> Study:
+    """Read a study file, apply `KEY=VALUE` overrides, validate, and hash the files it names.
+
+    Args:
+        models: where fetched and imported teachers, features and references are.
+        tolerate_missing: list what is not there in `Study.missing` instead of raising, for a plan.
+
+    Raises:
+        ConfigError: the file is missing or wrong; the message says which key and what is known.
+        MissingFile: a file that it names is missing.
+    """
+    path = path if path.exists() else _shipped(path)
+    values = _read(path)
+    for override in overrides:
+        _override(values, override)
+    if name is not None:
+        values["name"] = name
+    spec = validate(values, str(path))
+    _check_sense(spec)
+    return _resolve(spec, path.parent, models, tolerate_missing)
+
+
+def _shipped(path: Path) -> Path:
+    """A shipped study by its bare name, with or without the ending; else the path as it is."""
+    shipped = studies_folder() / path.with_suffix(".yaml").name
+    return shipped if path.parent == Path() and path.suffix in ("", ".yaml") and shipped.exists() else path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A study file's values, on top of those of the file that its key `base` names."""
+    values = _raw(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or "base" in (below := _raw(path.parent / base)):
+        raise ConfigError(f"base in {path} must name one study file without a base of its own, got {base!r}")
+    return _merged(below, values)
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.name for p in studies_folder().glob("*.yaml")))
+        raise ConfigError(f"there is no study file {path}; shipped studies: {known}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the study file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no valid YAML: {detail}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, as in studies/digits.yaml")
+    return values
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` before those of `below`."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Apply one `a.b=value` in place; the value is YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise BadValue(f"--set wants KEY=VALUE, got {text!r}; for example --set method.lr=1e-4")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise BadValue(f"--set {text}: {parent} is a value, not a section")
+        values = inner
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadValue(f"--set {text}: the value is no valid YAML") from error
+
+
+def _resolve(spec: StudySpec, folder: Path, models: Path | None, tolerate_missing: bool) -> Study:
+    if not spec.method.needs_teacher:
+        return Study(spec=spec, teacher=None, evaluation=None)
+    if spec.teacher is None:
+        raise BadValue("the study names no teacher; add `teacher: digits`, or the path of one")
+    section = spec.evaluation or EvaluationSection()
+    wanted: dict[Role, str] = {
+        "teacher": spec.teacher,
+        "features": section.features,
+        "reference": section.reference or section.features,
+    }
+    found: dict[Role, HashedFile] = {}
+    missing: list[str] = []
+    for role, name in wanted.items():
+        try:
+            found[role] = find(name, role, folder=folder, models=models)
+        except MissingFile as error:
+            if not tolerate_missing:
+                raise
+            missing.append(str(error))
+    evaluation = None
+    if "features" in found and "reference" in found:
+        evaluation = Evaluation(
+            features_name=features_name(found["features"]),
+            features=found["features"],
+            reference=found["reference"],
+            n_samples=section.n_samples,
+            seed=section.seed,
+            batch=section.batch,
+        )
+    return Study(spec=spec, teacher=found.get("teacher"), evaluation=evaluation, missing=tuple(missing))
+
+
+def _check_sense(spec: StudySpec) -> None:
+    """What each section alone cannot know."""
+    for key, value in flatten(spec.model_dump(mode="python")).items():
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
+            raise BadValue(f"{key} must be finite, got {value}")
+    if len(spec.method.terms) < 2:
+        raise BadValue("method.num_branches must be at least 2: a single branch has no weights to search")
+    if spec.method.budget_kimg != int(spec.method.budget_kimg):
+        raise BadValue(f"method.budget_kimg must be whole, as scores come at whole kimg; got {spec.method.budget_kimg}")
+    for corner in itertools.product(*spec.space.axes().values()):
+        try:
+            spec.space.weights(dict(zip(spec.space.axes(), corner, strict=True)), len(spec.method.terms))
+        except WeightsError as error:
+            raise BadValue(f"space reaches {corner}, which gives no weights: {error}") from error
+    shipped = {asset.partition("/")[0] for asset in assets.names()}
+    if spec.method.needs_teacher and spec.teacher in shipped and spec.dataset != spec.teacher:
+        raise BadValue(f"dataset is {spec.dataset!r}, but the teacher {spec.teacher!r} was trained on {spec.teacher!r}")
+    features = spec.evaluation.features if spec.evaluation else "digits"
+    if spec.method.needs_teacher and features in shipped and spec.dataset != features:
+        raise BadValue(
+            f"dataset is {spec.dataset!r}, but evaluation.features {features!r} look at {features!r}; name others"
+        )
+
+
+def studies_folder() -> Path:
+    """Where the shipped study files are: beside the checkout's packages, or inside the installed wheel."""
+    here = Path(__file__).resolve().parent
+    installed = here / "studies"
+    return installed if installed.is_dir() else here.parent / "studies"
