@@ -1,4 +1,4 @@
-"""Both commands: arguments, output and exit codes. No logic, and no heavy import before a command runs."""
+"""The command line: what concerns studies, and how every command ends. No heavy import before a command runs."""
 
 import json
 import logging
@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from bdense_core.errors import BadValue, BDenseError
+from search import model_cli, run_cli
+from search.console import (
+    check_folder,
+    format_option,
+    load_settings,
+    print_table,
+    print_values,
+    say,
+    width,
+    write,
+    yaml_text,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from search.settings import Settings
     from search.storage import StudyStore
 
 _INTERRUPTED = 130
@@ -25,12 +34,6 @@ storage_option = click.option(
     "--storage", metavar="URL", help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server."
 )
 study_option = click.option("--study", "name", metavar="NAME", required=True, help="The study's name.")
-
-
-def format_option(*choices: str) -> "Callable[[Any], Any]":
-    return click.option(
-        "--format", "form", type=click.Choice(choices), default=choices[0], show_default=True, help="Output."
-    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,7 +74,7 @@ def launch(
 
     if trials is not None:
         overrides = (*overrides, f"budget.trials={trials}")
-    settings = _settings(storage, ray_address)
+    settings = load_settings(storage, ray_address)
     study = load_study(
         file or studies_folder() / "digits.yaml",
         name=name,
@@ -82,18 +85,18 @@ def launch(
     if dry_run:
         from search.plan import plan
 
-        _print_plan(study.to_dict(), plan(study, settings), form)
+        print_values({"study": study.to_dict(), "plan": plan(study, settings)}, form)
         return
     outcome = launching.launch(study, settings, with_dashboard=not no_dashboard, dashboard_port=dashboard_port)
     if outcome.interrupted:
         again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])])
-        _say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
+        say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
         sys.exit(_INTERRUPTED)
     _print_study(outcome.store, form)
-    _say("")
+    say("")
     if storage is None:
-        _say("look again: bdense-weights dashboard")
-    _say(f"export the best weights: {launching.export_command(study.name, storage)}")
+        say("look again: bdense-weights dashboard")
+    say(f"export the best weights: {launching.export_command(study.name, storage)}")
 
 
 @commands.command()
@@ -107,12 +110,12 @@ def export(name: str, storage: str | None, top: int, form: str, output: Path | N
     from search.export import export_object
 
     content = export_object(_open(name, storage), top=top)
-    text = _yaml(content) if form == "yaml" else json.dumps(content, indent=2) + "\n"
+    text = yaml_text(content) if form == "yaml" else json.dumps(content, indent=2) + "\n"
     if output is None:
         click.echo(text, nl=False)
         return
-    _write(output, text)
-    _say(f"wrote {output}")
+    write(output, text)
+    say(f"wrote {output}")
 
 
 @commands.command(name="list")
@@ -129,7 +132,7 @@ def list_studies(storage: str | None, form: str) -> None:
     if form == "json":
         click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2))
     else:
-        _print(report.study_table(summaries))
+        print_table(report.study_table(summaries))
 
 
 @commands.command()
@@ -143,14 +146,14 @@ def show(name: str, storage: str | None, form: str, plot: Path | None) -> None:
     if plot is not None:
         if plot.suffix.lower() != ".png":
             raise BadValue(f"--plot writes PNG files, got {plot}; name it {plot.with_suffix('.png')}")
-        _check_folder(plot)
+        check_folder(plot)
         from search.figures import save_png
 
         try:
             save_png(store, plot)
         except OSError as error:
             raise BDenseError(f"cannot write {plot}: {error.strerror or error}") from error
-        _say(f"wrote {plot}")
+        say(f"wrote {plot}")
     _print_study(store, form, full=True)
 
 
@@ -163,11 +166,11 @@ def dashboard(storage: str | None, port: int, host: str) -> None:
     from search import dashboard as serving
     from search.launch import found_storage_url
 
-    url = found_storage_url(_settings(storage))
+    url = found_storage_url(load_settings(storage))
     _database(storage).close()
     if host not in ("127.0.0.1", "localhost", "::1"):
-        _say(f"warning: everybody who can reach {host}:{port} can see and delete the studies; there is no login")
-    serving.serve(url, host, port, say=lambda address: _say(f"dashboard: {address} (Ctrl-C ends it)"))
+        say(f"warning: everybody who can reach {host}:{port} can see and delete the studies; there is no login")
+    serving.serve(url, host, port, say=lambda address: say(f"dashboard: {address} (Ctrl-C ends it)"))
 
 
 @commands.command()
@@ -177,7 +180,7 @@ def doctor(storage: str | None, form: str) -> None:
     """Check this machine: database, Ray, GPUs, files, versions. Exit code 1 if something is wrong."""
     from search.doctor import examine
 
-    findings = examine(_settings(storage))
+    findings = examine(load_settings(storage))
     if form == "json":
         click.echo(json.dumps(findings, indent=2))
     else:
@@ -193,12 +196,16 @@ def server(action: str) -> None:
     """The embedded PostgreSQL: is it running, or stop it. A launch starts it."""
     from search import server as embedded
 
-    settings = _settings(None)
+    settings = load_settings(None)
     if action == "stop":
-        _say("stopped" if embedded.stop(settings.home) else "it was not running")
+        say("stopped" if embedded.stop(settings.home) else "it was not running")
         return
     state = embedded.status(settings.home)
     click.echo(f"running: {state.running}\ndata: {state.data_folder}\nlog: {state.log_path}")
+
+
+for _command in (*model_cli.COMMANDS, *run_cli.COMMANDS):
+    commands.add_command(_command)
 
 
 def main(
@@ -212,14 +219,14 @@ def main(
         error.show()
         sys.exit(error.exit_code)
     except BDenseError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+        say("interrupted")
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if _is_database_error(error):
-            _say("error: the database went away; finished trials are kept. Run the same command again once it is back")
+            say("error: the database went away; finished trials are kept. Run the same command again once it is back")
             sys.exit(1)
         raise
     sys.exit(0)
@@ -237,17 +244,11 @@ def _is_database_error(error: Exception) -> bool:
     return cause is not None or "sqlalchemy.exc." in str(error)
 
 
-def _settings(storage: str | None, ray_address: str | None = None) -> "Settings":
-    from search.settings import Settings
-
-    return Settings.load(storage=storage, ray_address=ray_address)
-
-
 def _database(storage: str | None) -> Any:
     from search.launch import found_storage_url
     from search.storage import Database
 
-    return Database(found_storage_url(_settings(storage)))
+    return Database(found_storage_url(load_settings(storage)))
 
 
 def _open(name: str, storage: str | None) -> "StudyStore":
@@ -262,49 +263,11 @@ def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
     if form == "json":
         click.echo(json.dumps(report.show_object(store, rows), indent=2))
         return
-    _print(report.trial_table(store, rows, top=None if full else 5, wide=_width() >= _WIDE))
-    _print(report.spread_table(rows))
+    print_table(report.trial_table(store, rows, top=None if full else 5, wide=width() >= _WIDE))
+    print_table(report.spread_table(rows))
     click.echo(report.verdict(rows))
     if full and (best := report.ranked(rows, searched_only=True)):
-        _print(report.curve_table(best[0]))
-
-
-def _print_plan(resolved: dict[str, Any], plan: dict[str, Any], form: str) -> None:
-    if form == "json":
-        click.echo(json.dumps({"study": resolved, "plan": plan}, indent=2))
-        return
-    click.echo(_yaml({"study": resolved, "plan": plan}), nl=False)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=_width()).print(table)
-
-
-def _width() -> int:
-    """The terminal's width; a file has room for whole tables."""
-    from rich.console import Console
-
-    console = Console()
-    return console.width if console.is_terminal else 160
-
-
-def _yaml(content: dict[str, Any]) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def _write(path: Path, text: str) -> None:
-    from bdense_core.files import write_text_atomically
-
-    _check_folder(path)
-    try:
-        write_text_atomically(path, text)
-    except OSError as error:
-        raise BDenseError(f"cannot write {path}: {error.strerror or error}") from error
+        print_table(report.curve_table(best[0]))
 
 
 def _hide_password(storage: str | None) -> None:
@@ -319,11 +282,6 @@ def _hide_password(storage: str | None) -> None:
     os.execve(sys.executable, arguments, os.environ | {"OPTUNA_STORAGE": storage})
 
 
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise BDenseError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another")
-
-
 def _program() -> str:
     return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
@@ -334,10 +292,6 @@ def _shown(argument: str) -> str:
     from search.settings import mask
 
     return shlex.quote(mask(argument) if "://" in argument else argument)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
 
 
 if __name__ == "__main__":

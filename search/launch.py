@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdense_core.errors import BDenseError
-from bdense_core.integrity import check_cache, check_file, read_metadata
 from search import dashboard, ray_environment, server
 from search.errors import StorageError
-from search.model_files import check_reference
+from search.preflight import preflight
 from search.settings import Settings, mask
 from search.spec import Study
 from search.storage import Database, StudyStore
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from search.scheduling import Conductor
 
 _FIGURES_EVERY_S = 15.0
-_CHECKED_CACHE_BYTES = 2e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +60,6 @@ def found_storage_url(settings: Settings) -> str:
             "or name a database with --storage or OPTUNA_STORAGE"
         )
     return storage_url(settings)
-
-
-def preflight(study: Study, settings: Settings) -> None:
-    """Check the files that the trials will read, before anything is started.
-
-    A large cache is checked only in part: workers check each shard once more when they open it.
-
-    Raises:
-        CheckpointError, CacheError: a file is damaged.
-        EvaluationError: the reference was made with other features.
-    """
-    if study.teacher:
-        check_file(study.teacher)
-        read_metadata(study.teacher.path)
-    if study.evaluation:
-        check_file(study.evaluation.features)
-        check_file(study.evaluation.reference)
-        check_reference(study.evaluation.features, study.evaluation.reference)
-    check_cache(settings.cache, at_most_bytes=_CHECKED_CACHE_BYTES)
 
 
 def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int) -> Outcome:

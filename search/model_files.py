@@ -19,6 +19,7 @@ _FILES: dict[Role, tuple[str, ...]] = {
     "reference": ("reference.safetensors",),
 }
 """What a name's folder among the models holds for each role."""
+_CALLED: dict[Role, str] = {"teacher": "teacher", "features": "feature network", "reference": "reference"}
 
 
 def find(name: str, role: Role, *, folder: Path, models: Path | None) -> HashedFile:
@@ -39,7 +40,7 @@ def find(name: str, role: Role, *, folder: Path, models: Path | None) -> HashedF
     try:
         return HashedFile(path=str(path.resolve()), sha256=sha256_of_file(path))
     except OSError as error:
-        raise MissingFile(f"there is no {role} {name!r}: {_advice(name, role, path, error, models)}") from error
+        raise MissingFile(f"there is no {_CALLED[role]} {name!r}: {_advice(name, role, path, error, models)}") from error
 
 
 def features_name(file: HashedFile) -> str:
@@ -78,9 +79,10 @@ def _is_plain(name: str) -> bool:
 
 
 def _advice(name: str, role: Role, path: Path, error: OSError, models: Path | None) -> str:
-    if name in CATALOGUE or name == INCEPTION:
-        fetched = name if name in CATALOGUE else "cifar10"
-        return f"get it with: bdense-weights fetch-teacher {fetched}"
+    if name in CATALOGUE:
+        return f"get it with: bdense-weights fetch-teacher {name}"
+    if name == INCEPTION:
+        return f"it comes with any of: bdense-weights fetch-teacher {'|'.join(CATALOGUE)}"
     shipped = {asset.partition("/")[0] for asset in assets.names() if asset.endswith(f"/{role}.safetensors")}
     own = {p.parent.name for file in _FILES[role] for p in models.glob(f"*/{file}")} if models else set()
     return (

@@ -3,16 +3,24 @@
 import sys
 import threading
 import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bars
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bdense_core.task import Event, Progress, Score
 from search.records import Claim, Counts, Row
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
+_LINE_EVERY_S = 10.0
+"""Seconds between two lines of a run that is not watched on a terminal."""
 
 
 @dataclass
@@ -162,6 +170,90 @@ class Board:
                 table.add_row(*row)
             bar = ProgressBar(total=max(total, 1), completed=done, width=min(60, self._console.width))
             return Group(bar, head, best, table)
+
+
+class Meter:
+    """How a single run gets on: a bar on a terminal, a line now and then elsewhere. A context.
+
+    Args:
+        metric: what the scores are called.
+        images: that the whole run sees.
+    """
+
+    def __init__(self, metric: str, *, images: float, console: Console | None = None) -> None:
+        self._metric, self._images = metric, images
+        self._console = console or Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>4.0f} %"))
+        self._bars = Bars(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+        self._bar = self._bars.add_task("starting", total=1.0)
+        self._begin: tuple[float, float] | None = None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def watch(self, events: Iterable[AnyEvent]) -> Iterator[AnyEvent]:
+        """The same events, told to the person as they pass."""
+        for event in events:
+            if isinstance(event, Score):
+                self._say(f"{self._metric} {event.value:.4g} at {event.kimg} kimg")
+            else:
+                self._show(event)
+            yield event
+
+    def count(self, images: Generator[int, None, float]) -> float:
+        """The result of a generator that yields how many images it has seen."""
+        while True:
+            try:
+                seen = next(images)
+            except StopIteration as end:
+                return float(end.value)
+            self._show(Progress(kimg=seen / 1000, done=seen / self._images, phase="evaluation"))
+
+    def _show(self, event: Progress) -> None:
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = (now, event.kimg)
+        since, kimg = self._begin
+        rate = (event.kimg - kimg) * 1000 / max(now - since, 1e-9)
+        loss = "" if event.loss is None else f", loss {event.loss:.4g}"
+        text = f"{event.phase}: {event.kimg:.1f} kimg{loss}, {rate:.0f} images/s"
+        self._bars.update(self._bar, completed=event.done, description=text)
+        if not self._console.is_terminal and now - self._said > _LINE_EVERY_S:
+            self._said = now
+            left = (1 - event.done) * self._images / rate if rate > 0 else None
+            self._say(f"{text}, {'time left not known yet' if left is None else f'about {_clock(left)} left'}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+
+class Downloads:
+    """Bars of the files that are being fetched, on a terminal. A context."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._bars = Bars(*columns, TimeRemainingColumn(), console=console or Console(stderr=True), transient=True)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        if self._bars.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def progress(self, file: str, here: int, total: int | None) -> None:
+        """So many bytes of a file are here, of a total that may not be known."""
+        if file not in self._tasks:
+            self._tasks[file] = self._bars.add_task(file, total=total)
+        self._bars.update(self._tasks[file], completed=here, total=total)
 
 
 def _shares(claim: Claim) -> str:

@@ -1,0 +1,86 @@
+"""What all commands share: how they talk, which settings they read, how they write files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bdense_core.errors import BDenseError
+from search.settings import Settings
+
+_WITHOUT_TERMINAL = 160
+"""Columns of a table in a file: room for all of it."""
+
+device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:NUMBER.")
+
+
+def format_option(*choices: str) -> Callable[[Any], Any]:
+    """The option of every command that prints a result; the first choice is the default."""
+    return click.option(
+        "--format", "form", type=click.Choice(choices), default=choices[0], show_default=True, help="Output."
+    )
+
+
+def say(text: str) -> None:
+    """To the person, on standard error: results alone go to standard output."""
+    click.echo(text, err=True)
+
+
+def load_settings(storage: str | None = None, ray_address: str | None = None) -> Settings:
+    """This machine's settings, by option, environment and default."""
+    return Settings.load(storage=storage, ray_address=ray_address)
+
+
+def print_values(content: dict[str, Any], form: str) -> None:
+    """A result as JSON, or as YAML for people."""
+    click.echo(json.dumps(content, indent=2) if form == "json" else yaml_text(content).rstrip())
+
+
+def print_table(table: Any) -> None:
+    """A rich table, as wide as there is room."""
+    from rich.console import Console
+
+    Console(width=width()).print(table)
+
+
+def width() -> int:
+    """The terminal's width; a file has room for whole tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console.width if console.is_terminal else _WITHOUT_TERMINAL
+
+
+def yaml_text(content: dict[str, Any]) -> str:
+    """YAML in the order of the content."""
+    import yaml
+
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def write(path: Path, text: str) -> None:
+    """A text file, whole or not at all.
+
+    Raises:
+        BDenseError: it cannot be written.
+    """
+    from bdense_core.files import write_text_atomically
+
+    check_folder(path)
+    try:
+        write_text_atomically(path, text)
+    except OSError as error:
+        raise BDenseError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Whether the folder that a file is to be written to is there.
+
+    Raises:
+        BDenseError: it is not.
+    """
+    if not path.parent.is_dir():
+        raise BDenseError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another")

@@ -1,0 +1,166 @@
+"""Commands about model files: import, fetch and train teachers, import features, make reference statistics."""
+
+from pathlib import Path
+
+import click
+
+from bdense_core.errors import BadValue, BDenseError
+from search.console import device_option, format_option, load_settings, print_values, say
+
+_path = click.Path(path_type=Path)
+dataset_option = click.option(
+    "--dataset", required=True, help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, or digits."
+)
+name_option = click.option("--name", metavar="NAME", help="What study files call it; default: the file's.")
+
+
+@click.command()
+@click.argument("file", metavar="FILE.pkl", type=_path)
+@name_option
+@format_option("yaml", "json")
+def import_teacher(file: Path, name: str | None, form: str) -> None:
+    """Turn an EDM checkpoint into safetensors, executing nothing in it."""
+    from bdense_core.checkpoints import import_edm
+    from bdense_core.integrity import read_metadata
+
+    target = _target(name or file.stem, "teacher.safetensors")
+    made = import_edm(file, target)
+    about = read_metadata(made.path)
+    print_values({"teacher": name or file.stem, "path": made.path, "sha256": made.sha256, **about}, form)
+
+
+@click.command()
+@click.argument("name", metavar="cifar10|imagenet64")
+@click.option(
+    "--from", "source", type=_path, help="A folder with the published files (or one of them), instead of the network."
+)
+@click.option("--sha256", "pins", metavar="ROLE=HASH", multiple=True, help="What teacher, reference, features hash to.")
+@click.option("--base-url", metavar="URL", help="A mirror of the publisher's server.")
+@format_option("yaml", "json")
+def fetch_teacher(name: str, source: Path | None, pins: tuple[str, ...], base_url: str | None, form: str) -> None:
+    """Get a published teacher, its reference statistics and the Inception network."""
+    from search.fetch import fetch
+    from search.progress import Downloads
+
+    settings = load_settings()
+    settings.create(settings.models)
+    with Downloads() as downloads:
+        fetched = fetch(
+            name,
+            settings.models,
+            say=say,
+            source=source,
+            base_url=base_url,
+            sha256=_pins(pins),
+            progress=downloads.progress,
+        )
+    files: dict[str, object] = {
+        found.role: {"path": str(found.path), "sha256": found.sha256, "source_sha256": found.source_sha256}
+        for found in fetched
+    }
+    print_values({"fetched": name, **files}, form)
+
+
+@click.command()
+@click.argument("file", metavar="FILE.safetensors", type=_path)
+@name_option
+@format_option("yaml", "json")
+def import_features(file: Path, name: str | None, form: str) -> None:
+    """Take a CIFAR ResNet's weights as a feature network: its distance is fd-NAME, never FID."""
+    from bdense_core.features import import_features as import_file
+
+    made = import_file(file, _target(name or file.stem, "features.safetensors"), name=name or file.stem)
+    print_values({"features": name or file.stem, "path": made.path, "sha256": made.sha256}, form)
+
+
+@click.command()
+@dataset_option
+@click.option("--features", required=True, help="A feature network's name or file.")
+@click.option("--name", required=True, metavar="NAME", help="What study files call it.")
+@device_option
+@format_option("yaml", "json")
+def reference(dataset: str, features: str, name: str, device: str, form: str) -> None:
+    """Make the reference statistics of a data set, which a study is scored against."""
+    from bdense_core import data
+    from bdense_core.devices import check_device
+    from bdense_core.evaluation import reference_statistics
+    from bdense_core.features import load_features
+    from bdense_core.frechet import save_statistics
+    from search.model_files import find
+
+    check_device(device)
+    target = _target(name, "reference.safetensors")
+    network = load_features(find(features, "features", folder=Path(), models=load_settings().models), device)
+    images, _ = data.load(dataset)
+    say(f"{len(images)} images of {dataset} through {network.identity}")
+    try:
+        digest = save_statistics(reference_statistics(images, network), target)
+    except OSError as error:
+        raise BDenseError(f"cannot write {target}: {error.strerror or error}") from error
+    found = {"reference": name, "path": str(target), "sha256": digest, "features": network.identity}
+    print_values({**found, "n_samples": len(images)}, form)
+
+
+@click.command()
+@dataset_option
+@click.option("--name", required=True, metavar="NAME", help="What study files call it.")
+@click.option("--channels", default=64, show_default=True, type=click.IntRange(min=4), help="Width; EDM's is 128.")
+@click.option("--kimg", default=2000.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Budget.")
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--lr", default=1e-3, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--conditional", is_flag=True, help="Tell the network the labels.")
+@click.option("--flip", is_flag=True, help="Mirror images at random.")
+@click.option("--precision", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
+@device_option
+@format_option("yaml", "json")
+def train_teacher(
+    dataset: str,
+    name: str,
+    channels: int,
+    kimg: float,
+    batch: int,
+    lr: float,
+    seed: int,
+    conditional: bool,
+    flip: bool,
+    precision: str,
+    device: str,
+    form: str,
+) -> None:
+    """Train a teacher as EDM does; run it again after an interruption, and it goes on."""
+    from bdense_core.pretraining import Pretraining
+    from search.single import train
+
+    warmup, halflife = min(1000.0, kimg / 20), min(500.0, kimg / 20)
+    settings = Pretraining(
+        seed=seed, budget_kimg=kimg, batch=batch, lr=lr, warmup_kimg=warmup, ema_halflife_kimg=halflife,
+        flip=flip, precision=precision,  # type: ignore[arg-type]
+    )  # fmt: skip
+    target = _target(name, "teacher.safetensors")
+    print_values(train(dataset, settings, target, channels=channels, conditional=conditional, device=device), form)
+
+
+COMMANDS = (import_teacher, fetch_teacher, import_features, reference, train_teacher)
+
+
+def _target(name: str, file: str) -> Path:
+    """Where a model's file goes.
+
+    Raises:
+        BadValue: the name is none, or taken.
+    """
+    settings = load_settings()
+    if Path(name).name != name or name.startswith("."):
+        raise BadValue(f"--name is {name!r}; give a plain name without slashes, such as my-teacher")
+    target = settings.create(settings.models) / name / file
+    if target.exists():
+        raise BadValue(f"there is already {target}; choose another --name, or delete it")
+    return target
+
+
+def _pins(texts: tuple[str, ...]) -> dict[str, str]:
+    pins = dict(text.partition("=")[::2] for text in texts)
+    if bad := [text for text in texts if "=" not in text]:
+        raise BadValue(f"--sha256 wants ROLE=HASH, got {bad[0]!r}; for example --sha256 teacher=4d5d...")
+    return pins

@@ -1,0 +1,160 @@
+"""Commands for one network at a time, without a study: distil it, sample from it, score it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bdense_core.errors import BadValue
+from search.console import check_folder, device_option, format_option, load_settings, print_values, say
+
+if TYPE_CHECKING:
+    from bdense_core.weights import Weights
+    from search.spec import Study
+
+_path = click.Path(path_type=Path)
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("file", metavar="STUDY.yaml", type=_path)
+@click.option("--a", type=float, help="Slope of w_k = exp(a k + b).")
+@click.option("--b", type=float, help="Intercept, at least -5.")
+@click.option("--weights", metavar="W1,...,WK", help="The weights themselves, instead of --a and --b.")
+@click.option("--control", metavar="NAME", help="A control's weights, such as endpoint_only.")
+@click.option("--seed", type=int, help="Training seed; default: the study's.")
+@click.option("--output", required=True, type=_path, help="A folder for the student, its samples and its scores.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the file; repeatable.")
+@click.option("--device", help="cpu, cuda or cuda:NUMBER; default: as resources.gpus says.")
+@format_option("yaml", "json")
+def distill(
+    file: Path,
+    a: float | None,
+    b: float | None,
+    weights: str | None,
+    control: str | None,
+    seed: int | None,
+    output: Path,
+    overrides: tuple[str, ...],
+    device: str | None,
+    form: str,
+) -> None:
+    """Run one distillation of a study file, without a database; again after an interruption, and it goes on."""
+    from search.single import distill as run
+    from search.study_file import load_study
+
+    settings = load_settings()
+    study = load_study(file, overrides=overrides, models=settings.models)
+    chosen = _weights(study, a, b, weights, control)
+    result = run(study, chosen, settings, output=output, seed=seed, device=device)
+    if form == "yaml":
+        result = {key: result[key] for key in ("metric", "value", "scores", "shares", "seed", "nfe", "seconds")}
+    print_values(result, form)
+    say(f"in {output}: student.safetensors, samples.png, result.json")
+
+
+@click.command()
+@click.argument("network", metavar="NETWORK.safetensors", type=_path)
+@click.option("--output", required=True, type=_file, help="A PNG: a grid of images.")
+@click.option("--count", "-n", default=64, show_default=True, type=click.IntRange(min=1), help="Images.")
+@click.option("--columns", type=click.IntRange(min=1), help="Of the grid; default: as square as it gets.")
+@click.option("--seed", default=0, show_default=True, help="Of the noise; that of an evaluation gives its images.")
+@click.option("--label", type=int, help="One class for all images.")
+@click.option("--solver", help="For a teacher: euler, heun, dpm2, ipndm, deis_tab or dpmpp (the default).")
+@click.option("--steps", type=click.IntRange(min=1), help="For a teacher: steps of the solver; default 12.")
+@click.option("--png", type=click.Path(path_type=Path, file_okay=False), help="A folder for each image as a file too.")
+@click.option("--npz", type=_file, help="A file for all images as an array too.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
+@device_option
+def sample(
+    network: Path,
+    output: Path,
+    count: int,
+    columns: int | None,
+    seed: int,
+    label: int | None,
+    solver: str | None,
+    steps: int | None,
+    png: Path | None,
+    npz: Path | None,
+    batch: int,
+    device: str,
+) -> None:
+    """Draw images from a student or a teacher."""
+    from search.single import draw_samples
+
+    for target in (output, npz):
+        if target is not None:
+            check_folder(target)
+    nfe = draw_samples(
+        network, output, count=count, columns=columns, seed=seed, label=label, solver=solver, steps=steps, png=png,
+        npz=npz, batch=batch, device=device,
+    )  # fmt: skip
+    say(f"wrote {output}: {count} images at NFE {nfe}")
+
+
+@click.command()
+@click.argument("source", metavar="NETWORK|IMAGES")
+@click.option("--features", default="inception", show_default=True, help="A feature network's name or file.")
+@click.option("--reference", help="Reference statistics' name or file; default: as the features are called.")
+@click.option("--count", "-n", default=50_000, show_default=True, type=click.IntRange(min=2), help="Samples.")
+@click.option("--seed", default=0, show_default=True, help="Of the samples' noise.")
+@click.option("--solver", help="For a teacher; default dpmpp.")
+@click.option("--steps", type=click.IntRange(min=1), help="For a teacher: steps of the solver; default 12.")
+@click.option("--batch", default=500, show_default=True, type=click.IntRange(min=1))
+@device_option
+@format_option("yaml", "json")
+def fid(
+    source: str,
+    features: str,
+    reference: str | None,
+    count: int,
+    seed: int,
+    solver: str | None,
+    steps: int | None,
+    batch: int,
+    device: str,
+    form: str,
+) -> None:
+    """The Fréchet distance of a network's samples, or of images (a folder, .zip or .npz), with its protocol."""
+    from search.single import score
+
+    print_values(
+        score(
+            source, load_settings().models, features=features, reference=reference or features, count=count, seed=seed,
+            solver=solver, steps=steps, batch=batch, device=device,
+        ),
+        form,
+    )  # fmt: skip
+
+
+COMMANDS = (distill, sample, fid)
+
+
+def _weights(study: "Study", a: float | None, b: float | None, weights: str | None, control: str | None) -> "Weights":
+    """The one way in which weights were given.
+
+    Raises:
+        BadValue: none or several ways, an unknown control, or not numbers.
+    """
+    from bdense_core.weights import MIN_INTERCEPT, checked, log_linear
+
+    given = sum(value is not None for value in (a, weights, control))
+    if given != 1 or (a is None) != (b is None):
+        raise BadValue("give the weights in one way: --a A --b B, or --weights W1,...,WK, or --control NAME")
+    num_branches, controls = study.num_branches, study.controls()
+    if control is not None:
+        if control not in controls:
+            raise BadValue(f"there is no control {control!r}; known are {', '.join(controls)}")
+        return controls[control]
+    if a is not None and b is not None:
+        if b < MIN_INTERCEPT:
+            raise BadValue(f"--b is {b:g}; smaller weights than {MIN_INTERCEPT:g} allows vanish in half precision")
+        return log_linear(a, b, num_branches, index_origin=study.spec.space.index_origin)
+    try:
+        numbers = tuple(float(part) for part in (weights or "").split(","))
+    except ValueError as error:
+        raise BadValue(f"--weights is {weights!r}; give {num_branches} numbers with commas between them") from error
+    if len(numbers) != num_branches:
+        raise BadValue(f"--weights has {len(numbers)} numbers; this method has {num_branches} branches")
+    return checked(numbers)
