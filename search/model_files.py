@@ -40,7 +40,9 @@ def find(name: str, role: Role, *, folder: Path, models: Path | None) -> HashedF
     try:
         return HashedFile(path=str(path.resolve()), sha256=sha256_of_file(path))
     except OSError as error:
-        raise MissingFile(f"there is no {_CALLED[role]} {name!r}: {_advice(name, role, path, error, models)}") from error
+        raise MissingFile(
+            f"there is no {_CALLED[role]} {name!r}: {_advice(name, role, path, error, models)}"
+        ) from error
 
 
 def features_name(file: HashedFile) -> str:

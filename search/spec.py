@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,7 +139,7 @@ class Study:
     spec: StudySpec
     teacher: HashedFile | None
     evaluation: Evaluation | None
-    missing: tuple[str, ...] = ()
+    missing: tuple[str, ...] = field(default=(), compare=False)
     """What is not on this machine, and how to get it; empty unless it was asked to be tolerated."""
 
     @property

@@ -141,6 +141,14 @@ def newcomer() -> Iterator[User]:
     farewell(someone)
 
 
+@pytest.fixture(scope="module")
+def new_user_of_module() -> Iterator[User]:
+    """A home for the tests of one file, and no Ray."""
+    someone = new_user()
+    yield someone
+    farewell(someone)
+
+
 @pytest.fixture(scope="session")
 def finished(user: User) -> subprocess.CompletedProcess[str]:
     """The launch of a small study called `finished`, for the tests that only look at one."""

@@ -38,7 +38,6 @@ def complains(done: subprocess.CompletedProcess[str], code: int, *words: str) ->
         (("--set", "resources.cpus=none"), ("resources.cpus",)),
         (("--set", "nonsense"), ("KEY=VALUE",)),
         (("--study", "a b"), ("name",)),
-        (("--set", "dataset=cifar10"), ("dataset is 'cifar10'", "digits")),
         (("--set", "method.num_branches=1"), ("at least 2",)),
         (("--set", "method.budget_kimg=2.5"), ("must be whole", "2.5")),
         (("--storage", "sqlite:///x.db"), ("PostgreSQL",)),
@@ -47,6 +46,10 @@ def complains(done: subprocess.CompletedProcess[str], code: int, *words: str) ->
 def test_wrong_settings_touch_nothing(newcomer, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     complains(newcomer.launch(str(SYNTHETIC), *QUICK, *arguments), 2, *words)
     assert not newcomer.home.exists()
+
+
+def test_a_teacher_of_another_dataset_is_refused(newcomer) -> None:
+    complains(newcomer.launch("--set", "dataset=cifar10"), 2, "dataset is 'cifar10'", "'digits'")
 
 
 def test_branches_that_do_not_divide_the_grid_are_refused(newcomer) -> None:
