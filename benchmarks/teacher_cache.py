@@ -19,7 +19,7 @@ import click
 import torch
 
 from bdense_core.task import Score
-from search.spec import load_study, studies_folder
+from search.study_file import load_study, studies_folder
 
 
 def training_seconds(kimg: int, cache_root: Path) -> float:

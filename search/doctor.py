@@ -25,7 +25,8 @@ def examine(settings: Settings) -> dict[str, Any]:
         "disk_free_gb": round(shutil.disk_usage(_existing(settings)).free / 1e9, 1),
         "ray": _ray(problems),
         "gpus": _gpus(problems),
-        "fid": _clean_fid(),
+        "fid": _clean_fid(settings),
+        "models": _models(settings),
         "versions": {
             "bdense-search": code_version(),
             "python": platform.python_version(),
@@ -76,14 +77,24 @@ def _gpus(problems: list[str]) -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def _clean_fid() -> str:
+def _clean_fid(settings: Settings) -> str:
     """Whether FID on Inception features would work; the digits study does not need it."""
     try:
-        importlib.import_module("cleanfid.features")
-    except Exception as error:  # noqa: BLE001  (a torchvision that does not match torch fails in its own ways)
-        reason = str(error).splitlines()[0]
-        return f"not usable: {reason}; only FID on Inception features needs it, with the torchvision that matches torch"
+        importlib.import_module("cleanfid.inception_torchscript")
+    except Exception as error:  # noqa: BLE001  (a torch that does not fit fails in its own ways)
+        return f"not usable: {str(error).splitlines()[0]}; reinstall clean-fid and the torch it stands beside"
+    if not (settings.models / "inception" / "features.pt").is_file():
+        return "usable once Inception is here: bdense-weights fetch-teacher cifar10 brings it"
     return "usable"
+
+
+def _models(settings: Settings) -> dict[str, list[str]]:
+    """What has been fetched, imported or trained on this machine, by name."""
+    folders = sorted(folder for folder in settings.models.glob("*") if folder.is_dir())
+    return {
+        folder.name: sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".pt"))
+        for folder in folders
+    }
 
 
 def _existing(settings: Settings) -> str:

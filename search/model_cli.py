@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bdense_core.errors import BadValue, BDenseError
+from bdense_core.errors import BadValue
 from search.console import device_option, format_option, load_settings, print_values, say
 
 _path = click.Path(path_type=Path)
@@ -74,31 +74,33 @@ def import_features(file: Path, name: str | None, form: str) -> None:
 
 
 @click.command()
-@dataset_option
+@click.option("--dataset", help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, or digits.")
+@click.option("--statistics", type=_path, help="Instead: a published .npz of mu and sigma, as EDM's and clean-fid's.")
+@click.option("--images", type=click.IntRange(min=2), help="With --statistics: how many images they are of.")
 @click.option("--features", required=True, help="A feature network's name or file.")
 @click.option("--name", required=True, metavar="NAME", help="What study files call it.")
 @device_option
 @format_option("yaml", "json")
-def reference(dataset: str, features: str, name: str, device: str, form: str) -> None:
-    """Make the reference statistics of a data set, which a study is scored against."""
-    from bdense_core import data
-    from bdense_core.devices import check_device
-    from bdense_core.evaluation import reference_statistics
-    from bdense_core.features import load_features
-    from bdense_core.frechet import save_statistics
-    from search.model_files import find
+def reference(
+    dataset: str | None,
+    statistics: Path | None,
+    images: int | None,
+    features: str,
+    name: str,
+    device: str,
+    form: str,
+) -> None:
+    """Make the reference statistics that a study is scored against, from a data set or from published ones."""
+    from search.single import make_reference
 
-    check_device(device)
+    if (dataset is None) == (statistics is None) or (statistics is None) != (images is None):
+        raise BadValue("give either --dataset DATA, or --statistics FILE.npz with --images N")
     target = _target(name, "reference.safetensors")
-    network = load_features(find(features, "features", folder=Path(), models=load_settings().models), device)
-    images, _ = data.load(dataset)
-    say(f"{len(images)} images of {dataset} through {network.identity}")
-    try:
-        digest = save_statistics(reference_statistics(images, network), target)
-    except OSError as error:
-        raise BDenseError(f"cannot write {target}: {error.strerror or error}") from error
-    found = {"reference": name, "path": str(target), "sha256": digest, "features": network.identity}
-    print_values({**found, "n_samples": len(images)}, form)
+    models = load_settings().models
+    made = make_reference(
+        target, models, features=features, dataset=dataset, statistics=statistics, images=images, device=device
+    )
+    print_values({"reference": name, **made}, form)
 
 
 @click.command()

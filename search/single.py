@@ -21,6 +21,7 @@ from bdense_core.errors import BadValue, BDenseError
 from bdense_core.evaluation import Metric, reference_statistics
 from bdense_core.features import load_features
 from bdense_core.files import HashedFile, sha256_of_file, write_atomically, write_text_atomically
+from bdense_core.frechet import save_statistics, statistics_from_npz
 from bdense_core.images import write_grid, write_pngs
 from bdense_core.integrity import check_file
 from bdense_core.networks import Denoiser
@@ -162,6 +163,35 @@ class _kept(Iterator[Progress]):  # noqa: N801  (reads as a function)
         except StopIteration as end:
             self.result = end.value
             raise
+
+
+def make_reference(
+    target: Path,
+    models: Path,
+    *,
+    features: str,
+    dataset: str | None,
+    statistics: Path | None,
+    images: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Write reference statistics, of a data set or taken over from a published file.
+
+    Raises:
+        BDenseError: a file is missing or damaged, or cannot be written.
+    """
+    check_device(device)
+    network = load_features(find(features, "features", folder=Path(), models=models), device)
+    if statistics is not None and images is not None:
+        made = statistics_from_npz(statistics, features=network.identity, n_samples=images)
+    else:
+        assert dataset is not None
+        made = reference_statistics(data.load(dataset)[0], network)
+    try:
+        digest = save_statistics(made, target)
+    except OSError as error:
+        raise BDenseError(f"cannot write {target}: {error.strerror or error}") from error
+    return {"path": str(target), "sha256": digest, "features": network.identity, "n_samples": made.n_samples}
 
 
 # --- sample and score -----------------------------------------------------------------------------------

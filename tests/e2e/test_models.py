@@ -117,6 +117,24 @@ def test_a_killed_distillation_goes_on_and_ends_as_an_undisturbed_one(someone, d
     assert not (folder / "snapshots").exists()
 
 
+def test_published_statistics_become_a_reference(someone, distilled) -> None:
+    """Those of the digits themselves, in the form in which EDM and clean-fid publish theirs: the same distance."""
+    from bdense_core.frechet import load_statistics
+
+    shipped = load_statistics(assets.path("digits/reference.safetensors"))
+    np.savez(someone.home.parent / "published.npz", mu=shipped.mean.numpy(), sigma=shipped.covariance.numpy())
+    made = someone.weights(
+        "reference", "--statistics", "published.npz", "--images", "1797", "--features", "digits", "--name", "published",
+        "--format", "json",
+    )  # fmt: skip
+    assert json.loads(made.stdout)["n_samples"] == 1797, made.stderr
+    done = someone.weights(
+        "fid", "run/student.safetensors", "--features", "digits", "--reference", "published", "-n", "200", "--seed", "1000",
+        "--format", "json",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["value"] == distilled["value"]
+
+
 # --- plans ----------------------------------------------------------------------------------------------
 
 

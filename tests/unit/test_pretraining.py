@@ -181,7 +181,7 @@ def test_a_snapshot_of_another_training_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"another network's: Error.* in loading state_dict"):
         train(replace(NETWORK, model_channels=12), TINY, snapshots=Snapshots(tmp_path, identity={"seed": 0}))
     Snapshots(tmp_path / "empty", identity={}).save(1, {}, {})
-    with pytest.raises(CheckpointError, match="another training"):
+    with pytest.raises(CheckpointError, match="another network"):
         train(NETWORK, TINY, snapshots=Snapshots(tmp_path / "empty", identity={}))
 
 
