@@ -25,9 +25,9 @@ class EvaluationSection(_Section):
     """How students are scored. All trials of a study share the samples' noise."""
 
     features: str = "digits"
-    """A shipped feature network, or the path of one; names the metric `fd-NAME`."""
+    """A feature network: shipped, in the models folder, or a path. Its name makes the metric's: `fd-NAME`, or `fid`."""
     reference: str | None = None
-    """Reference statistics; default: those shipped with the features."""
+    """Reference statistics, named likewise; default: those called as the features."""
     n_samples: int = Field(default=2000, ge=2)
     seed: int = 0
     batch: int = Field(default=500, ge=1)
@@ -116,7 +116,7 @@ class StudySpec(_Section):
     """What the teacher was trained on; for people, and to notice a teacher of something else."""
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     teacher: str | None = None
-    """A shipped teacher, or the path of one (relative to the study file)."""
+    """A teacher: shipped, in the models folder, or a path relative to the study file."""
     evaluation: EvaluationSection | None = None
     space: SearchSpace = SearchSpace()
     budget: BudgetSection = BudgetSection()

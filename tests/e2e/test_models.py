@@ -129,8 +129,8 @@ def test_published_statistics_become_a_reference(someone, distilled) -> None:
     )  # fmt: skip
     assert json.loads(made.stdout)["n_samples"] == 1797, made.stderr
     done = someone.weights(
-        "fid", "run/student.safetensors", "--features", "digits", "--reference", "published", "-n", "200", "--seed", "1000",
-        "--format", "json",
+        "fid", "run/student.safetensors", "--features", "digits", "--reference", "published", "-n", "200", "--seed",
+        "1000", "--format", "json",
     )  # fmt: skip
     assert json.loads(done.stdout)["value"] == distilled["value"]
 

@@ -80,6 +80,19 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
     assert filled(tmp_path, num_rows=7).computed == 0
 
 
+def test_an_interrupted_filling_ends_with_the_same_files_as_an_undisturbed_one(tmp_path):
+    whole = filled(tmp_path / "whole")
+    begun = make_cache(tmp_path / "interrupted")
+    work = begun.fill(0, NUM_ROWS)
+    for _ in range(5):
+        next(work)
+    work.close()
+    resumed = filled(tmp_path / "interrupted")
+    assert (begun.computed, resumed.computed) == (5, 7)
+    assert shards(tmp_path / "interrupted") == shards(tmp_path / "whole")  # their names hold their contents' hashes
+    assert torch.equal(resumed.rows(0, NUM_ROWS), whole.rows(0, NUM_ROWS))
+
+
 def test_rows_in_the_middle_are_made_without_those_before_them(tmp_path):
     cache = make_cache(tmp_path)
     assert not cache.is_readable(17, 22)
