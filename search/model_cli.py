@@ -91,7 +91,7 @@ def reference(
     form: str,
 ) -> None:
     """Make the reference statistics that a study is scored against, from a data set or from published ones."""
-    from search.single import make_reference
+    from search.training import make_reference
 
     if (dataset is None) == (statistics is None) or (statistics is None) != (images is None):
         raise BadValue("give either --dataset DATA, or --statistics FILE.npz with --images N")
@@ -132,7 +132,7 @@ def train_teacher(
 ) -> None:
     """Train a teacher as EDM does; run it again after an interruption, and it goes on."""
     from bdense_core.pretraining import Pretraining
-    from search.single import train
+    from search.training import train
 
     warmup, halflife = min(1000.0, kimg / 20), min(500.0, kimg / 20)
     settings = Pretraining(

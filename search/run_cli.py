@@ -81,7 +81,7 @@ def sample(
     device: str,
 ) -> None:
     """Draw images from a student or a teacher."""
-    from search.single import draw_samples
+    from search.judging import draw_samples
 
     for target in (output, npz):
         if target is not None:
@@ -117,7 +117,7 @@ def fid(
     form: str,
 ) -> None:
     """The Fréchet distance of a network's samples, or of images (a folder, .zip or .npz), with its protocol."""
-    from search.single import score
+    from search.judging import score
 
     print_values(
         score(

@@ -11,21 +11,12 @@ import yaml
 
 from bdense_core import assets
 from search.study_file import studies_folder
+from tests.complaints import complains
 
 pytestmark = pytest.mark.e2e
 
 SYNTHETIC = studies_folder() / "synthetic.yaml"
 QUICK = ("--no-dashboard", "--set", "method.seconds=0", "--set", "seeds.control_repeats=1")
-
-
-def complains(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """One error line with these words, and no traceback."""
-    assert done.returncode == code, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.lower().startswith("error:")]
-    assert len(errors) == 1, done.stderr
-    for word in words:
-        assert word in errors[0]
-    assert "Traceback" not in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,12 @@ from PIL import Image
 from bdense_core import assets
 from bdense_core.files import sha256_of_file
 from tests import cifar10
+from tests.complaints import complains
 
 pytestmark = pytest.mark.e2e
 
 QUICK = ("--set", "method.budget_kimg=2", "--set", "evaluation.n_samples=200", "--format", "json")
 TEACHER = str(assets.path("digits/teacher.safetensors"))
-
-
-def complains(done, code: int, *words: str) -> None:
-    """One error line with these words, and no traceback."""
-    assert done.returncode == code, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.lower().startswith("error:")]
-    assert len(errors) == 1, done.stderr
-    for word in words:
-        assert word in errors[0]
-    assert "Traceback" not in done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")

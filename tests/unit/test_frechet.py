@@ -53,14 +53,38 @@ def test_distance_is_symmetric_and_zero_to_itself():
     assert 0 <= frechet_distance(x, x) < 1e-12
 
 
-def test_the_reference_is_decomposed_once(monkeypatch):
-    calls, eigh = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(len(matrix)) or eigh(matrix))
-    reference = statistics_of(features(40, 8), "digits")
-    first, second = (statistics_of(features(50, 8, seed), "digits") for seed in (1, 2))
-    assert frechet_distance(first, reference) == frechet_distance(first, replace(reference))
-    assert frechet_distance(second, reference) > 0
-    assert calls == [8, 8]  # of the reference and its copy, neither twice
+def with_decades(n, d, decades, seed):
+    """Features whose standard deviations fall over so many decades, along random axes."""
+    axes, _ = torch.linalg.qr(features(d, d, seed + 100))
+    return features(n, d, seed) * torch.logspace(0, -decades, d, dtype=torch.float64) @ axes
+
+
+def distance_by_singular_values(x, y):
+    """From the features: tr (S_x S_y)^(1/2) is the sum of the singular values of X Y^T, and no root is taken."""
+    centred = [(f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (x, y)]
+    overlap = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    apart = (x.mean(0) - y.mean(0)).square().sum()
+    return float(apart + sum(f.square().sum() for f in centred) - 2 * overlap)
+
+
+@pytest.mark.parametrize(
+    ("num_x", "num_y", "decades", "tolerance"),
+    [
+        (90, 80, 2, 1e-12),
+        (90, 80, 6, 1e-12),  # variances down to 1e-12: nearly singular
+        (90, 80, 7.5, 1e-11),  # down to 1e-15: at the edge of what float64 tells from 0
+        (90, 80, 9, 1e-7),  # beyond it; roots of rounding errors of 1e-16 are 1e-8
+        (20, 80, 2, 1e-7),
+        (90, 20, 2, 1e-7),
+        (20, 20, 2, 1e-7),
+    ],
+)
+def test_distance_is_exact_for_full_and_nearly_singular_and_singular_covariances(num_x, num_y, decades, tolerance):
+    x, y = with_decades(num_x, 40, decades, 0), with_decades(num_y, 40, decades, 1)
+    expected = distance_by_singular_values(x, y)
+    assert frechet_distance(statistics_of(x, "digits"), statistics_of(y, "digits")) == pytest.approx(
+        expected, rel=tolerance
+    )
 
 
 @pytest.mark.parametrize("n_samples", [60, 10])  # of 20 features: full rank, and singular

@@ -1,0 +1,125 @@
+"""What a network makes, to look at and to measure: grids of images, Fréchet distances."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdense_core import data
+from bdense_core.checkpoints import load_network
+from bdense_core.devices import check_device, place
+from bdense_core.errors import BadValue, BDenseError
+from bdense_core.evaluation import Metric, reference_statistics
+from bdense_core.features import load_features
+from bdense_core.files import HashedFile, sha256_of_file, write_atomically
+from bdense_core.images import write_grid, write_pngs
+from bdense_core.networks import Denoiser
+from bdense_core.sampling import Sampler, draw, sampler_of, teacher_sampler
+from bdense_core.task import Evaluation
+from search.model_files import check_reference, features_name, find
+from search.progress import Meter
+
+
+def draw_samples(
+    path: Path,
+    output: Path,
+    *,
+    count: int,
+    seed: int,
+    columns: int | None = None,
+    label: int | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    png: Path | None = None,
+    npz: Path | None = None,
+    batch: int = 64,
+    device: str = "cpu",
+) -> int:
+    """Write images of a network as a grid, and on request one by one and as an array; returns the NFE."""
+    network, sampler = _opened(path, solver, steps, device)
+    parts: list[Tensor] = []
+    for images in draw(network, sampler, count=count, seed=seed, label=label, batch=batch):
+        if png is not None:
+            png.mkdir(parents=True, exist_ok=True)
+            write_pngs(images, png, first=sum(map(len, parts)))
+        parts.append(images)
+    images = torch.cat(parts)
+    if npz is not None:
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        _write_npz(npz, pixels)
+    write_grid(images, output, columns or math.ceil(math.sqrt(count)))
+    return sampler.nfe
+
+
+def score(
+    source: str,
+    models: Path,
+    *,
+    features: str,
+    reference: str,
+    count: int,
+    seed: int,
+    solver: str | None,
+    steps: int | None,
+    batch: int,
+    device: str,
+) -> dict[str, Any]:
+    """The Fréchet distance of a network's samples, or of images, and what it may be compared with.
+
+    Raises:
+        BDenseError: a file is missing or damaged, or the reference was made with other features.
+    """
+    files = [find(features, "features", folder=Path(), models=models)]
+    files.append(find(reference, "reference", folder=Path(), models=models))
+    check_reference(*files)
+    evaluation = Evaluation(
+        features_name=features_name(files[0]), features=files[0], reference=files[1], n_samples=count, seed=seed,
+        batch=batch,
+    )  # fmt: skip
+    metric = Metric(evaluation, str(check_device(device)))
+    if source.endswith(".safetensors"):
+        network, sampler = _opened(Path(source), solver, steps, device)
+        config = network.config
+        shape = (config.img_channels, config.img_resolution, config.img_resolution)
+        with Meter(evaluation.protocol.metric, images=count) as meter:
+            value = meter.count(metric.measure(lambda z, y: sampler(network, z, y), shape, config.label_dim))
+        about: dict[str, Any] = {"nfe": sampler.nfe, "seed": seed}
+    else:
+        images, _ = data.load(source)
+        if len(images) < count:
+            raise BadValue(f"{source} holds {len(images)} images, fewer than --count {count}")
+        value = metric.distance(reference_statistics(images[:count], load_features(files[0], device)))
+        about = {}
+    name = evaluation.protocol.metric
+    return {"metric": name, "value": value, **about, "source": source, "protocol": evaluation.protocol.to_dict()}
+
+
+def _opened(path: Path, solver: str | None, steps: int | None, device: str) -> tuple[Denoiser, Sampler]:
+    """A network on its device, and how it makes images.
+
+    Raises:
+        BadValue: a solver for a student, which has its own.
+    """
+    try:
+        file = HashedFile(path=str(path), sha256=sha256_of_file(path))
+    except OSError as error:
+        raise BadValue(f"cannot read the network {path}: {error.strerror or error}") from error
+    own = sampler_of(str(path))
+    if own is not None and (solver or steps):
+        raise BadValue(f"{path} is a student for NFE {own.nfe}; leave --solver and --steps out")
+    network = place(load_network(file), check_device(device))
+    return network, own or teacher_sampler(solver or "dpmpp", steps or 12)
+
+
+def _write_npz(path: Path, pixels: "np.ndarray[Any, Any]") -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, images=pixels)
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise BDenseError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,104 @@
+"""What a study needs and nobody has published: a teacher of one's own, and reference statistics."""
+
+import hashlib
+import shutil
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from bdense_core import data
+from bdense_core.checkpoints import save_network
+from bdense_core.devices import check_device
+from bdense_core.errors import BDenseError
+from bdense_core.evaluation import reference_statistics
+from bdense_core.features import load_features
+from bdense_core.frechet import save_statistics, statistics_from_npz
+from bdense_core.networks import Denoiser
+from bdense_core.pretraining import Pretraining, preset, pretrain
+from bdense_core.snapshots import Snapshots
+from bdense_core.task import Progress
+from search.judging import draw_samples
+from search.model_files import find
+from search.progress import Meter
+from search.version import code_version
+
+_SHOWN = 64
+"""Images in the grid that comes with a teacher."""
+
+
+def train(
+    dataset: str, settings: Pretraining, target: Path, *, channels: int, conditional: bool, device: str
+) -> dict[str, Any]:
+    """Train a teacher on a data set and write it, with a grid of its samples beside it.
+
+    Raises:
+        BDenseError: whatever stopped it; run again, it goes on from its last snapshot.
+    """
+    kind = check_device(device).type
+    images, labels = data.load(dataset)
+    config = preset(images, int(labels.max()) + 1 if conditional else 0, channels)
+    digest = hashlib.sha256(data.to_uint8(images).numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    identity = {"images_sha256": digest, "network": config.to_dict(), "settings": settings.to_dict(), "device": kind}
+    snapshots = Snapshots(target.parent / "training", identity=identity)
+    with Meter("loss", images=settings.budget_kimg * 1000) as meter:
+        training = _kept(pretrain(images, labels, config, settings, device=device, snapshots=snapshots))
+        for _ in meter.watch(training):
+            pass
+    network: Denoiser = training.result
+    about = {
+        "dataset": {"name": Path(dataset).name, "images": len(images), "images_sha256": digest},
+        "training": settings.to_dict(),
+        "weights": "moving average",
+        "code_version": code_version(),
+    }
+    made = save_network(network, target, about)
+    draw_samples(target, target.with_suffix(".png"), count=_SHOWN, seed=0, device=device)
+    snapshots.clear()
+    shutil.rmtree(target.parent / "training", ignore_errors=True)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return {"teacher": target.parent.name, "path": made.path, "sha256": made.sha256, "parameters": parameters, **about}
+
+
+class _kept(Iterator[Progress]):  # noqa: N801  (reads as a function)
+    """A generator that keeps what it returns."""
+
+    result: Any = None
+
+    def __init__(self, generator: Generator[Progress, None, Any]) -> None:
+        self._generator = generator
+
+    def __next__(self) -> Progress:
+        try:
+            return next(self._generator)
+        except StopIteration as end:
+            self.result = end.value
+            raise
+
+
+def make_reference(
+    target: Path,
+    models: Path,
+    *,
+    features: str,
+    dataset: str | None,
+    statistics: Path | None,
+    images: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Write reference statistics, of a data set or taken over from a published file.
+
+    Raises:
+        BDenseError: a file is missing or damaged, or cannot be written.
+    """
+    check_device(device)
+    network = load_features(find(features, "features", folder=Path(), models=models), device)
+    if statistics is not None and images is not None:
+        made = statistics_from_npz(statistics, features=network.identity, n_samples=images)
+    else:
+        assert dataset is not None
+        made = reference_statistics(data.load(dataset)[0], network)
+    try:
+        digest = save_statistics(made, target)
+    except OSError as error:
+        raise BDenseError(f"cannot write {target}: {error.strerror or error}") from error
+    return {"path": str(target), "sha256": digest, "features": network.identity, "n_samples": made.n_samples}
