@@ -10,13 +10,13 @@ import logging
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from scipy.linalg import LinAlgError, eigh, eigvalsh
 from torch import Tensor
 
 from bdense_core.errors import EvaluationError, ShapeMismatch
@@ -57,15 +57,6 @@ class Statistics:
             )
         if self.n_samples < 2:
             raise EvaluationError(f"statistics of {self.n_samples} images have no covariance; give 2 or more")
-
-    @cached_property
-    def factor(self) -> Tensor:
-        """A, [d, d], with A A^T the covariance V L V^T: A is V L^(1/2). Kept, since references are used often."""
-        covariance = self.covariance.double()
-        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-        # Rounding makes zero eigenvalues slightly negative.
-        factor: Tensor = vectors * values.clamp(min=0).sqrt()
-        return factor
 
 
 class FeatureStatistics:
@@ -238,11 +229,10 @@ def _problem_of(mean: np.ndarray, covariance: np.ndarray) -> str | None:
 
 
 def frechet_distance(x: Statistics, y: Statistics) -> float:
-    """|mean_x - mean_y|^2 + tr(S_x + S_y - 2 (S_y^(1/2) S_x S_y^(1/2))^(1/2)), in float64.
+    """|mean_x - mean_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), in float64.
 
-    Dowson and Landau, 1982; by two symmetric eigendecompositions (spec/fid.md), of which that of y is kept: give
-    the reference as y. With no more images than features the covariance is singular and the distance biased; that
-    is logged.
+    Dowson and Landau, 1982; by symmetric eigenproblems, never the root of a general matrix (spec/fid.md). With no more
+    images than features the covariance is singular and the distance biased; that is logged.
 
     Raises:
         EvaluationError: other feature networks, or statistics that are not finite.
@@ -263,8 +253,40 @@ def frechet_distance(x: Statistics, y: Statistics) -> float:
                 len(side.mean),
                 side.features,
             )
-    # A^T S_x A has the eigenvalues of S_y^(1/2) S_x S_y^(1/2), one product cheaper; clamped as in `factor`.
-    inner = y.factor.T @ x.covariance.double() @ y.factor
-    overlap = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
     apart = (x.mean.double() - y.mean.double()).square().sum()
-    return max(0.0, float(apart + x.covariance.trace() + y.covariance.trace() - 2 * overlap))
+    overlap = _overlap(x.covariance, y.covariance)
+    return max(0.0, float(apart + x.covariance.trace() + y.covariance.trace()) - 2 * overlap)
+
+
+def _overlap(x: Tensor, y: Tensor) -> float:
+    """tr (S_x S_y)^(1/2), the sum of the roots of the eigenvalues of S_x S_y.
+
+    They are those of the symmetric A^T S_x A for any A with A A^T = S_y. LAPACK's solver of S_x S_y v = l v takes the
+    Cholesky factor; where that exists, A A^T is S_y to its last digits, however small the eigenvalues. For an S_y
+    without full rank it may not exist, and A is V L^(1/2) with S_y = V L V^T.
+    """
+    try:
+        # For eigenvalues alone "gv" is faster than the default, "gvd".
+        values = eigh(
+            _symmetric(x),
+            _symmetric(y),
+            type=2,
+            eigvals_only=True,
+            driver="gv",
+            overwrite_a=True,
+            overwrite_b=True,
+            check_finite=False,
+        )
+    except LinAlgError:
+        squares, vectors = eigh(_symmetric(y), overwrite_a=True, check_finite=False)
+        factor = vectors * np.sqrt(squares.clip(min=0))
+        values = eigvalsh(factor.T @ _symmetric(x) @ factor, overwrite_a=True, check_finite=False)
+    # Rounding makes zero eigenvalues slightly negative.
+    return float(np.sqrt(values.clip(min=0)).sum())
+
+
+def _symmetric(covariance: Tensor) -> np.ndarray:
+    """A covariance for LAPACK, which reads one triangle only; a copy in its order, so that it need not make one."""
+    matrix: np.ndarray = covariance.double().numpy()
+    symmetric: np.ndarray = (matrix + matrix.T) / 2
+    return symmetric.T
