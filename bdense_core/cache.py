@@ -10,7 +10,7 @@ Several workers fill one cache together: whoever holds a shard's lock computes i
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from bdense_core.files import (
 )
 from bdense_core.integrity import TENSOR, cache_bytes, check_shard
 
+Compute = Callable[[int, int], Iterable[Tensor]]
 _WAIT_S = 0.05
 _SPARE = 1.02
 """Room for the shards' headers and the file system's own needs."""
@@ -42,7 +43,7 @@ class TrajectoryCache:
         identity: all that the targets depend on, JSON-able; its hash names the folder.
         num_rows: trajectories that this run wants; no shard beyond them is computed.
         shard_rows: trajectories in one file.
-        compute: the targets of rows [first, end), [end - first, ...].
+        compute: the targets of rows [first, end), piece by piece: [some rows, ...] each.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class TrajectoryCache:
         identity: dict[str, Any],
         num_rows: int,
         shard_rows: int,
-        compute: Callable[[int, int], Tensor],
+        compute: Compute,
     ) -> None:
         self.identity = {**identity, "shard_rows": shard_rows}
         self.root = root
@@ -87,13 +88,13 @@ class TrajectoryCache:
             raise self._unwritable(error) from error
         if missing > free:
             raise CacheError(
-                f"the teacher cache needs {missing / 1e9:.2f} GB more, but {self.folder} has {free / 1e9:.2f} GB free; "
+                f"the teacher cache needs {missing / 1e9:.3g} GB more, but {self.folder} has {free / 1e9:.3g} GB free; "
                 "free some, choose another folder with BDENSE_HOME, or do without: cache.enabled: false"
             )
         used = cache_bytes(self.root)
         if used + missing > budget_bytes:
             raise CacheError(
-                f"the teacher cache needs {missing / 1e9:.2f} GB more and {self.root} holds {used / 1e9:.2f} GB, more "
+                f"the teacher cache needs {missing / 1e9:.3g} GB more and {self.root} holds {used / 1e9:.3g} GB, more "
                 f"than cache.budget_gb ({budget_bytes / 1e9:g}) allows; raise it, delete folders there that no study "
                 "needs any more, or do without: cache.enabled: false"
             )
@@ -109,8 +110,8 @@ class TrajectoryCache:
         """
         for shard in _shards_of(first, min(end, self.num_rows), self.shard_rows):
             while shard not in self._verified and not self._open(shard):
-                self._work_on_any(shard)
-                yield shard
+                for _ in self._work_on_any(shard):
+                    yield shard
 
     def is_readable(self, first: int, end: int) -> bool:
         """Whether rows [first, end) can be read without computing or waiting."""
@@ -136,26 +137,40 @@ class TrajectoryCache:
                 ) from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _work_on_any(self, wanted: int) -> None:
+    def _work_on_any(self, wanted: int) -> Iterator[None]:
         """Compute the wanted shard, or, while another worker does, the next one that nobody works on."""
         present = self._present()
         for shard in range(wanted, self.num_shards):
-            if shard not in present and self._compute_unless_taken(shard):
-                return
+            if shard not in present and (lock := self._lock(shard)) is not None:
+                try:
+                    if self._find(shard) is None:
+                        yield from self._make(shard)
+                        return
+                finally:
+                    lock.release()
         time.sleep(_WAIT_S)
+        yield
 
-    def _compute_unless_taken(self, shard: int) -> bool:
+    def _lock(self, shard: int) -> FileLock | None:
+        """The held lock of a shard; None if another worker holds it."""
+        lock = FileLock(self.folder / f"shard-{shard:05d}.lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / f"shard-{shard:05d}.lock", timeout=0):
-                if self._find(shard) is not None:
-                    return False
-                first = shard * self.shard_rows
-                targets = self._compute(first, first + self.shard_rows)
-                self._write(shard, targets)
-                return True
+            lock.acquire()
         except Timeout:
-            return False
+            return None
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return lock
+
+    def _make(self, shard: int) -> Iterator[None]:
+        """Compute a shard and write it, with a sign of life after each piece."""
+        first, pieces = shard * self.shard_rows, []
+        for piece in self._compute(first, first + self.shard_rows):
+            pieces.append(piece)
+            yield
+        try:
+            self._write(shard, torch.cat(pieces))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -196,18 +211,22 @@ class TrajectoryCache:
 class Recomputed:
     """What a `TrajectoryCache` does, without a disk: rows are computed when they are wanted, and then forgotten."""
 
-    def __init__(self, *, num_rows: int, shard_rows: int, compute: Callable[[int, int], Tensor]) -> None:
+    def __init__(self, *, num_rows: int, shard_rows: int, compute: Compute) -> None:
         self.num_rows = num_rows
         self.shard_rows = shard_rows
         self._compute = compute
         self._shards: dict[int, Tensor] = {}
 
     def fill(self, first: int, end: int) -> Iterator[int]:
-        """Compute what is not there of rows [first, end); yields after each shard."""
+        """Compute what is not there of rows [first, end); yields after each piece of work."""
         for shard in _shards_of(first, min(end, self.num_rows), self.shard_rows):
-            if shard not in self._shards:
-                self._shards[shard] = self._compute(shard * self.shard_rows, (shard + 1) * self.shard_rows)
+            if shard in self._shards:
+                continue
+            pieces = []
+            for piece in self._compute(shard * self.shard_rows, (shard + 1) * self.shard_rows):
+                pieces.append(piece)
                 yield shard
+            self._shards[shard] = torch.cat(pieces)
 
     def is_readable(self, first: int, end: int) -> bool:
         """Whether rows [first, end) are there."""

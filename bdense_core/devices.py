@@ -10,7 +10,7 @@ def check_device(name: str) -> torch.device:
     """The device of a name such as `cpu`, `cuda` or `cuda:1`, ready for work.
 
     On a GPU convolutions in float32 would otherwise round to TF32, of ten bits; and the fastest algorithm for each
-    shape is looked for, since shapes repeat.
+    shape is looked for, since shapes repeat. That choice goes by time: two runs may round differently.
 
     Raises:
         BadValue: torch does not know the name, or sees no such device.
@@ -18,7 +18,9 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise BadValue(f"device is {name!r}; give cpu, cuda or cuda:NUMBER") from error
+        raise BadValue(_unknown(name)) from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadValue(_unknown(name))
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
@@ -30,6 +32,10 @@ def check_device(name: str) -> torch.device:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
     return device
+
+
+def _unknown(name: str) -> str:
+    return f"device is {name!r}; give cpu, cuda or cuda:NUMBER"
 
 
 def place(network: Denoiser, device: torch.device) -> Denoiser:

@@ -4,6 +4,7 @@ Digits are this project's own; the CIFAR ResNet is that of He et al. (arXiv 1512
 is the published TorchScript behind clean-fid. Each is one class with the kind and the images it reads.
 """
 
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bdense_core import protocol
 from bdense_core.errors import CheckpointError
+from bdense_core.files import sha256_of_file
 from bdense_core.protocol import INCEPTION
 
 
@@ -197,9 +200,12 @@ def _torchscript(path: Path) -> nn.Module:
     with tempfile.TemporaryDirectory(prefix="bdense-") as folder, warnings.catch_warnings():
         # torch 2.13 says of each use of TorchScript that it will be gone one day.
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        # clean-fid looks for this name in a folder.
-        (Path(folder) / "inception-2015-12-05.pt").symlink_to(path.resolve())
+        # clean-fid looks for this name in a folder. A copy, so that what runs is what was hashed.
+        copy = Path(folder) / "inception-2015-12-05.pt"
         try:
+            shutil.copyfile(path, copy)
+            if sha256_of_file(copy) != protocol.INCEPTION_SHA256:
+                raise CheckpointError(f"{path} has changed while it was read; fetch it again")
             network: nn.Module = InceptionV3W(folder, download=False, resize_inside=True)
         except (AttributeError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be loaded as Inception: {error}; fetch it again") from error

@@ -1,5 +1,6 @@
 """Is a file what it is known as? Answered before anything is started, and without torch."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,11 @@ def check_shard(path: Path) -> None:
 
 def cache_bytes(root: Path) -> int:
     """What all caches below `root` take on the disk."""
-    return sum(path.stat().st_size for path in root.glob("*/shard-*-*.safetensors"))
+    total = 0
+    for path in root.glob("*/shard-*-*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # somebody makes room just now
+            total += path.stat().st_size
+    return total
 
 
 def check_cache(root: Path, *, at_most_bytes: float = float("inf")) -> int:

@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
     or [B]; `class_labels` one-hot rows [B, label_dim], zeros if left out; `augment_labels`
     [B, augment_dim]. All raise `ShapeMismatch` for a tensor of another shape and `BadValue` for a
     label this network cannot read. The coefficients are computed in at least float32, the U-Net runs
-    in the type of its parameters; its embedding may have another than the rest (`precision.in_half`).
+    in the type of its parameters; its embedding may have another than the rest (`precision.in_precision`).
     """
 
     def __init__(self, config: NetworkConfig) -> None:

@@ -33,6 +33,25 @@ def in_precision(network: Denoiser, precision: Precision) -> Denoiser:
     return result
 
 
+class HalfDenoiser:
+    """D(x; sigma) in half precision; where it is not finite, as float16 overflows, that call is answered in float32.
+
+    Args:
+        half: what is asked first.
+        full: the same network in float32; may be the same object.
+    """
+
+    def __init__(self, half: Denoiser, full: Denoiser) -> None:
+        self.half, self.full = half, full
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """The denoised images of the last branch, [B, C, H, W]; arguments as `Denoiser.forward`'s."""
+        denoised: Tensor = self.half(x, sigma, class_labels)
+        if self.half is not self.full and not bool(denoised.isfinite().all()):
+            denoised = self.full(x, sigma, class_labels)
+        return denoised
+
+
 class Trainee:
     """A network in training, with Adam.
 
@@ -109,6 +128,8 @@ class Trainee:
 
     def fall_back(self) -> bool:
         """From float16 to float32 for the rest of the run, as the authors do where float16 overflows.
+
+        Gradients since `begin` are lost: begin again.
 
         Returns:
             Whether anything changed: other precisions have nothing to fall back to.

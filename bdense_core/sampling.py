@@ -11,6 +11,7 @@ from bdense_core import data, seeds, sigmas, solvers
 from bdense_core.errors import BadValue, CheckpointError
 from bdense_core.integrity import read_metadata
 from bdense_core.networks import Denoiser
+from bdense_core.precision import DTYPES, HalfDenoiser, Precision, in_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +21,19 @@ class Sampler:
     solver: str
     sigmas: tuple[float, ...]
     afs: bool = False
+    precision: Precision = "float32"
+    """What the network computes in: a student's score is that of its images in this precision."""
 
     @property
     def nfe(self) -> int:
         """Network calls for each image."""
         return solvers.network_calls(self.solver, len(self.sigmas), afs=self.afs)
 
-    def __call__(self, network: Denoiser, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def prepare(self, network: Denoiser) -> HalfDenoiser:
+        """The network as this sampler wants it."""
+        return HalfDenoiser(in_precision(network, self.precision), network)
+
+    def __call__(self, network: HalfDenoiser, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images in [-1, 1] from standard normal noise, both [B, C, H, W]; labels one-hot, [B, L]."""
         start = noise * self.sigmas[0]
         with torch.no_grad():
@@ -48,7 +55,10 @@ def sampler_of(path: str) -> Sampler | None:
         return None
     try:
         levels = tuple(float(sigma) for sigma in described["sigmas"])
-        return Sampler(solver=str(described["solver"]), sigmas=levels, afs=bool(described["afs"]))
+        precision = described.get("precision", "float32")
+        if precision not in DTYPES:
+            raise ValueError(f"precision {precision!r}")
+        return Sampler(solver=str(described["solver"]), sigmas=levels, afs=bool(described["afs"]), precision=precision)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes its sampler in a way that is not understood: {error}") from error
 
@@ -79,7 +89,7 @@ def draw(
     Raises:
         BadValue: a class that the network does not know.
     """
-    config = network.config
+    config, prepared = network.config, sampler.prepare(network)
     if label is not None and not 0 <= label < config.label_dim:
         known = f"labels 0 to {config.label_dim - 1}" if config.label_dim else "no labels"
         raise BadValue(f"label {label} is unknown: this network knows {known}")
@@ -91,4 +101,4 @@ def draw(
         labels = seeds.label_rows(seed, "evaluation labels", first, end, config.label_dim)
         if label is not None:
             labels = torch.nn.functional.one_hot(torch.full((end - first,), label), config.label_dim).float()
-        yield data.to_uint8(sampler(network, noise, None if labels is None else labels.to(device))).cpu()
+        yield data.to_uint8(sampler(prepared, noise, None if labels is None else labels.to(device))).cpu()

@@ -3,7 +3,7 @@
 `SongUNet` (DDPM++ and NCSN++ of Song et al., arXiv 2011.13456) and `DhariwalUNet` (ADM of Dhariwal and
 Nichol, arXiv 2105.05233) share blocks, attention and resampling; `UNet` holds what they have in common
 and its two subclasses what differs. Parameter names are those of the published EDM checkpoints. Written
-from the papers and from the list of facts in shared/vectors/sfd/README.md.
+from the papers, and checked number by number in tests/golden.
 
 A network may have a K-fold head: K consecutive groups of output channels, one for each branch.
 """

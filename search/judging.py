@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdense_core import data
+from bdense_core import data, seeds
 from bdense_core.checkpoints import load_network
 from bdense_core.devices import check_device, place
 from bdense_core.errors import BadValue, BDenseError
@@ -21,6 +21,9 @@ from bdense_core.sampling import Sampler, draw, sampler_of, teacher_sampler
 from bdense_core.task import Evaluation
 from search.model_files import check_reference, features_name, find
 from search.progress import Meter
+
+_SAMPLES = 50_000
+"""As everybody's FID."""
 
 
 def draw_samples(
@@ -60,7 +63,7 @@ def score(
     *,
     features: str,
     reference: str,
-    count: int,
+    count: int | None,
     seed: int,
     solver: str | None,
     steps: int | None,
@@ -69,30 +72,40 @@ def score(
 ) -> dict[str, Any]:
     """The Fréchet distance of a network's samples, or of images, and what it may be compared with.
 
+    Args:
+        count: samples, or images drawn by `seed`; None: 50,000 samples, or all images.
+
     Raises:
         BDenseError: a file is missing or damaged, or the reference was made with other features.
     """
     files = [find(features, "features", folder=Path(), models=models)]
     files.append(find(reference, "reference", folder=Path(), models=models))
     check_reference(*files)
+    is_network = source.endswith(".safetensors")
+    if is_network:
+        count = count or _SAMPLES
+    else:
+        images, _ = data.load(source)
+        count = count or len(images)
+        if len(images) < count:
+            raise BadValue(f"{source} holds {len(images)} images, fewer than --count {count}")
+        chosen = torch.randperm(len(images), generator=seeds.generator(seed, "subset"))[:count].sort().values
     evaluation = Evaluation(
         features_name=features_name(files[0]), features=files[0], reference=files[1], n_samples=count, seed=seed,
         batch=batch,
     )  # fmt: skip
     metric = Metric(evaluation, str(check_device(device)))
-    if source.endswith(".safetensors"):
+    if is_network:
         network, sampler = _opened(Path(source), solver, steps, device)
         config = network.config
         shape = (config.img_channels, config.img_resolution, config.img_resolution)
         with Meter(evaluation.protocol.metric, images=count) as meter:
-            value = meter.count(metric.measure(lambda z, y: sampler(network, z, y), shape, config.label_dim))
+            prepared = sampler.prepare(network)
+            value = meter.count(metric.measure(lambda z, y: sampler(prepared, z, y), shape, config.label_dim))
         about: dict[str, Any] = {"nfe": sampler.nfe, "seed": seed}
     else:
-        images, _ = data.load(source)
-        if len(images) < count:
-            raise BadValue(f"{source} holds {len(images)} images, fewer than --count {count}")
-        value = metric.distance(reference_statistics(images[:count], load_features(files[0], device)))
-        about = {}
+        value = metric.distance(reference_statistics(images[chosen], load_features(files[0], device)))
+        about = {"seed": seed} if count < len(images) else {}
     name = evaluation.protocol.metric
     return {"metric": name, "value": value, **about, "source": source, "protocol": evaluation.protocol.to_dict()}
 

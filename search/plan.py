@@ -1,12 +1,12 @@
 """What a launch of a study would do and need, told before anything is started."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from bdense_core.integrity import read_metadata
 from bdense_core.network_config import NetworkConfig
 from search.catalogue import CATALOGUE
+from search.preflight import free_bytes, lacking_room
 from search.settings import Settings
 from search.spec import EvaluationSection, Study
 
@@ -24,7 +24,7 @@ def plan(study: Study, settings: Settings) -> dict[str, Any]:
     images = method.budget_kimg * 1000
     section = spec.evaluation or EvaluationSection()
     scored = len(study.steps) * section.n_samples * method.nfe if method.needs_teacher else 0
-    teacher_passes = study.seeds if spec.cache.enabled else runs
+    teacher_passes = len(study.control_seeds()) if spec.cache.enabled else runs
     evaluations = {
         "teacher_cache": round(teacher_units * images) * teacher_passes,
         "student_training": round(student_units * images) * runs,
@@ -41,7 +41,7 @@ def plan(study: Study, settings: Settings) -> dict[str, Any]:
         "without_cache": {"teacher": round(teacher_units * images) * runs},
         "disk": _disk(study, network, settings.cache),
         "compute": _compute(study, network, evaluations, per_run=student_units * images + scored),
-        "missing": [*study.missing, *_devices(study, settings)],
+        "missing": [*study.missing, *_room(study, network, settings), *_devices(study, settings)],
     }
 
 
@@ -57,16 +57,18 @@ def _disk(study: Study, network: NetworkConfig | None, cache: Path) -> dict[str,
     """Gigabytes of the teacher cache: all seeds together, and what is free where it would be."""
     if network is None or not study.spec.cache.enabled:
         return {"teacher_cache_gb": None if study.spec.cache.enabled else 0.0}
-    values = network.img_channels * network.img_resolution**2
-    size = study.spec.method.cache_bytes(values) * study.spec.method.budget_kimg * 1000 * study.seeds
-    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return {
-        "teacher_cache_gb": round(size / 1e9, 3),
-        "seeds": study.seeds,
+        "teacher_cache_gb": round(study.cache_bytes(network) / 1e9, 3),
+        "seeds": len(study.control_seeds()),
         "folder": str(cache),
-        "free_gb": round(shutil.disk_usage(place).free / 1e9, 1),
+        "free_gb": round(free_bytes(cache) / 1e9, 1),
         "budget_gb": study.spec.cache.budget_gb,
     }
+
+
+def _room(study: Study, network: NetworkConfig | None, settings: Settings) -> list[str]:
+    problem = None if network is None else lacking_room(study, network, settings.cache)
+    return [problem] if problem else []
 
 
 def _compute(

@@ -48,7 +48,7 @@ def distill(
     chosen = _weights(study, a, b, weights, control)
     result = run(study, chosen, settings, output=output, seed=seed, device=device)
     if form == "yaml":
-        result = {key: result[key] for key in ("metric", "value", "scores", "shares", "seed", "nfe", "seconds")}
+        result = {key: result[key] for key in ("metric", "value", "scores", "shares", "seed", "nfe", "last_session_s")}
     print_values(result, form)
     say(f"in {output}: student.safetensors, samples.png, result.json")
 
@@ -97,8 +97,8 @@ def sample(
 @click.argument("source", metavar="NETWORK|IMAGES")
 @click.option("--features", default="inception", show_default=True, help="A feature network's name or file.")
 @click.option("--reference", help="Reference statistics' name or file; default: as the features are called.")
-@click.option("--count", "-n", default=50_000, show_default=True, type=click.IntRange(min=2), help="Samples.")
-@click.option("--seed", default=0, show_default=True, help="Of the samples' noise.")
+@click.option("--count", "-n", type=click.IntRange(min=2), help="Default: 50000 samples of a network, or all images.")
+@click.option("--seed", default=0, show_default=True, help="Of the samples' noise, or of the choice among images.")
 @click.option("--solver", help="For a teacher; default dpmpp.")
 @click.option("--steps", type=click.IntRange(min=1), help="For a teacher: steps of the solver; default 12.")
 @click.option("--batch", default=500, show_default=True, type=click.IntRange(min=1))
@@ -108,7 +108,7 @@ def fid(
     source: str,
     features: str,
     reference: str | None,
-    count: int,
+    count: int | None,
     seed: int,
     solver: str | None,
     steps: int | None,

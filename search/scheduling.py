@@ -38,7 +38,7 @@ class Conductor:
         self._running: dict[str, _Running] = {}
         self._asked = 0.0
         self._reaped = 0.0
-        self._failures = 0
+        self._failures = 0.0
         self.stop_requested = False
         self.fatal: str | None = None
 
@@ -79,7 +79,10 @@ class Conductor:
     def _store_result(self, tune_id: str, running: _Running, result: dict[str, Any]) -> str:
         claim = running.claim
         if result["event"] == "failed":
-            self._fail(tune_id, result["reason"], retry=result.get("retry", False), detail=result.get("detail"))
+            retry = result.get("retry", False)
+            # A proposal that fails in each of its attempts counts once, whoever's fault it is: a full disk stays full.
+            self._failures += 1 / (1 + self._store.study.spec.lease.max_retries) if retry else 1
+            self._fail(tune_id, result["reason"], retry=retry, detail=result.get("detail"))
             return str(TrialScheduler.STOP)
         self._board.progressed(claim, result)
         if result["event"] == "progress":
@@ -97,7 +100,7 @@ class Conductor:
             self._store.complete(claim.number, value, result["repeats"])
             self._board.ended(claim, "COMPLETE", value)
             self._end(tune_id)
-            self._failures = 0
+            self._failures = 0.0
         return str(TrialScheduler.CONTINUE)
 
     def on_lost(self, tune_id: str, reason: str) -> None:
@@ -145,9 +148,8 @@ class Conductor:
         self._store.fail(claim.number, reason, retry=retry, detail=detail)
         self._end(tune_id)
         self._board.failed(claim, reason)
-        self._failures += not retry  # retries are bounded by themselves
-        if self._failures >= self._max_failures:
-            self.fatal = f"{self._failures} trials in a row failed in this launch, the last one: {reason}"
+        if self._failures > self._max_failures - 1e-6:
+            self.fatal = f"{self._max_failures} trials in a row failed in this launch, the last one: {reason}"
 
     def _end(self, tune_id: str) -> None:
         self._running.pop(tune_id, None)

@@ -40,7 +40,12 @@ def distill(
         snapshots=str(output / "snapshots"),
         output=str(output / "student.safetensors"),
     )
-    asked = {"study": identity_of(study.to_dict()), "weights": list(weights), "seed": task.seed}
+    asked = {
+        "study": identity_of(study.to_dict()),
+        "weights": list(weights),
+        "seed": task.seed,
+        "device": task.device.partition(":")[0],
+    }
     if (done := _earlier(output / "result.json", asked)) is not None:
         return done
     check_device(task.device)
@@ -62,7 +67,7 @@ def distill(
         "student": {"path": task.output, "sha256": sha256_of_file(Path(task.output))},
         "protocol": study.evaluation.protocol.to_dict(),
         "device": task.device,
-        "seconds": round(time.monotonic() - begin, 1),
+        "last_session_s": round(time.monotonic() - begin, 1),
         "code_version": code_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "asked": asked,
@@ -87,6 +92,8 @@ def _earlier(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BDenseError(f"{path} cannot be read: {error}; choose another --output") from error
+    if not (path.parent / "student.safetensors").exists():
+        return None
     if found.get("asked") != json.loads(json.dumps(asked)):
         raise BDenseError(f"{path.parent} holds the result of another run; choose another --output")
     return found

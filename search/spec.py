@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bdense_core.errors import BadValue, ConfigError, UnknownKey
 from bdense_core.files import HashedFile, sha256_of
 from bdense_core.methods import AnyMethod
+from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Evaluation, Task, report_steps
 from bdense_core.weights import Weights, checked
 from search.space import SearchSpace
@@ -128,8 +129,20 @@ class StudySpec(_Section):
     lease: LeaseSection = LeaseSection()
 
 
-MUTABLE = ("description", "budget.trials", "budget.max_failures", "resources", "cache", "lease")
-"""Keys that may change between two launches of one study: they do not touch any result."""
+MUTABLE = (
+    "description",
+    "budget.trials",
+    "budget.max_failures",
+    "resources.cpus",
+    "resources.gpus",
+    "resources.max_parallel",
+    "cache",
+    "lease",
+)
+"""Keys that may change between two launches of one study: they touch no result. (Gaining or losing GPUs does.)"""
+
+_MEANT: dict[str, dict[str, Any]] = {"sfd": {"targets": "float32"}}
+"""What a study meant, by method, that was stored before these settings existed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +181,12 @@ class Study:
     def control_seeds(self) -> tuple[int, ...]:
         return tuple(self.spec.seeds.training + i for i in range(self.spec.seeds.control_repeats))
 
-    @property
-    def seeds(self) -> int:
-        """Training seeds that some run uses; each has teacher trajectories of its own."""
-        return len(self.control_seeds())
+    def cache_bytes(self, network: NetworkConfig) -> float:
+        """What the teacher caches take, one for each training seed; nothing if they are switched off."""
+        if not self.spec.cache.enabled:
+            return 0.0
+        row = self.spec.method.cache_bytes(network.img_channels * network.img_resolution**2)
+        return row * self.spec.method.budget_kimg * 1000 * len(self.control_seeds())
 
     def task(self, weights: Weights, seed: int, *, cache_root: Path) -> Task:
         """One distillation of this study, on the device that its resources name."""
@@ -204,6 +219,8 @@ class Study:
             ConfigError: it was stored by an incompatible version.
         """
         files = stored.get("files", {})
+        meant = _MEANT.get(_dig(stored, "method", "kind"), {})
+        stored = stored | {"method": meant | stored.get("method", {})}
         teacher, evaluation = files.get("teacher"), files.get("evaluation")
         return cls(
             spec=validate({key: value for key, value in stored.items() if key != "files"}, "the stored study"),
@@ -230,11 +247,12 @@ class Study:
 def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
     """The flat dotted form of a resolved study, less all that no result depends on."""
     ignored = ("name", "teacher", "evaluation.features", "evaluation.reference", *MUTABLE)
-    return {
+    kept = {
         key: value
         for key, value in flatten(resolved).items()
         if not any(key == prefix or key.startswith(prefix + ".") for prefix in ignored) and not key.endswith(".path")
     }
+    return kept | {"device": "cuda" if _dig(resolved, "resources", "gpus") else "cpu"}
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

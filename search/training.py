@@ -51,12 +51,13 @@ def train(
         "weights": "moving average",
         "code_version": code_version(),
     }
-    made = save_network(network, target, about)
-    draw_samples(target, target.with_suffix(".png"), count=_SHOWN, seed=0, device=device)
-    snapshots.clear()
+    made = save_network(network, target.parent / "training" / target.name, about)
+    draw_samples(Path(made.path), target.with_suffix(".png"), count=_SHOWN, seed=0, device=device)
+    Path(made.path).replace(target)  # last: a file of this name ends the matter
     shutil.rmtree(target.parent / "training", ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return {"teacher": target.parent.name, "path": made.path, "sha256": made.sha256, "parameters": parameters, **about}
+    found = {"teacher": target.parent.name, "path": str(target), "sha256": made.sha256, "parameters": parameters}
+    return found | about
 
 
 class _kept(Iterator[Progress]):  # noqa: N801  (reads as a function)

@@ -43,15 +43,30 @@ def run_trial(description: dict[str, Any]) -> Generator[dict[str, Any], None, No
         retry = isinstance(error, CacheError)  # the machine's fault, not the proposal's
         yield {"event": "failed", "reason": f"{type(error).__name__}: {error}", "retry": retry, "done": True}
     except Exception as error:
+        if _device_is_lost(error):
+            raise  # nothing works in this process any more: Ray starts another, and the trial is tried again
         logger.exception("a trial failed")
         detail = traceback.format_exc(limit=-4)
         yield {
             "event": "failed",
-            "reason": f"{type(error).__name__}: {error}",
+            "reason": _reason(error),
             "detail": detail,
-            "retry": isinstance(error, (OSError, MemoryError)),
+            "retry": isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError",
             "done": True,
         }
+
+
+def _device_is_lost(error: Exception) -> bool:
+    """Whether CUDA itself has failed, which it does for good; a full memory is no such failure."""
+    return "CUDA error" in str(error) and "out of memory" not in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """One line, with advice where the GPU's memory was too small."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the GPU's memory is full ({first}); lower resources.micro_batch or evaluation.batch"
+    return f"{type(error).__name__}: {first}"
 
 
 def _events(method: Method, task: Task, repeats: tuple[int, ...]) -> Iterator[dict[str, Any]]:

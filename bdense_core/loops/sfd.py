@@ -16,7 +16,9 @@ from bdense_core import seeds, sigmas, solvers
 from bdense_core.errors import ShapeMismatch
 from bdense_core.methods.sfd import SFD
 from bdense_core.networks import Denoiser
-from bdense_core.precision import Trainee
+from bdense_core.precision import HalfDenoiser, Trainee
+
+Denoise = Denoiser | HalfDenoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def make_grid(method: SFD, *, num_steps: int | None = None, afs: bool = True) ->
 
 @torch.no_grad()
 def teacher_states(
-    teacher: Denoiser,
+    teacher: Denoise,
     noise: Tensor,
     grid: Grid,
     labels: Tensor | None = None,
@@ -162,7 +164,8 @@ def train_intervals(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One optimizer step for each trained interval, in order: the steps happen as the iterator is read.
 
-    The next interval starts from the endpoint that was computed before the step, detached (spec 1.5).
+    The next interval starts from the endpoint that was computed before the step, detached (spec 1.5). Where float16
+    overflows, the interval is computed again in float32, and so is the rest of the run.
 
     Args:
         x: states at the first trained interval, [B, C, H, W].
@@ -177,32 +180,47 @@ def train_intervals(
     rows = [slice(first, first + (micro_batch or len(x))) for first in range(0, len(x), micro_batch or len(x))]
     for j in range(targets.shape[1]):
         interval = grid.first_trained + j
-        trainee.begin()
-        losses, states = torch.zeros_like(weights), []
-        for some in rows:
-            predicted = _predict(trainee, x[some], grid, interval, None if labels is None else labels[some])
-            terms = branch_losses(predicted, targets[some, j]) * (len(predicted) / len(x))
-            trainee.backward((terms * weights).sum())
-            losses += terms.detach()
-            states.append(predicted.detach())
+        found = _gradients(trainee, x, targets[:, j], weights, grid, interval, labels, rows)
+        if found is None:
+            trainee.fall_back()
+            found = _gradients(trainee, x, targets[:, j], weights, grid, interval, labels, rows)
+            assert found is not None, "float32 has nothing to fall back to"
         trainee.step()
-        predicted = torch.cat(states) if len(states) > 1 else states[0]
+        losses, predicted = found
         x = predicted[:, -1]
         yield losses, predicted
 
 
-def _predict(trainee: Trainee, x: Tensor, grid: Grid, interval: int, labels: Tensor | None) -> Tensor:
-    """The branches' states; where float16 overflows, computed again in float32, as is the rest of the run."""
-    level, inner = grid.student[interval], grid.inner[interval]
-    predicted = branch_states(trainee.network, x, level, inner, labels)
-    if trainee.precision == "float16" and not bool(predicted.isfinite().all()) and trainee.fall_back():
-        predicted = branch_states(trainee.network, x, level, inner, labels)
-    return predicted
+def _gradients(
+    trainee: Trainee,
+    x: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    grid: Grid,
+    interval: int,
+    labels: Tensor | None,
+    rows: Sequence[slice],
+) -> tuple[Tensor, Tensor] | None:
+    """The gradients of one interval, and its losses [K] and states [B, K, C, H, W]; None where float16 overflows."""
+    trainee.begin()
+    losses, states = torch.zeros_like(weights), []
+    for some in rows:
+        told = None if labels is None else labels[some]
+        predicted = branch_states(trainee.network, x[some], grid.student[interval], grid.inner[interval], told)
+        if trainee.precision == "float16" and not bool(predicted.isfinite().all()):
+            return None
+        terms = branch_losses(predicted, target[some]) * (len(predicted) / len(x))
+        trainee.backward((terms * weights).sum())
+        losses += terms.detach()
+        states.append(predicted.detach())
+    return losses, torch.cat(states) if len(states) > 1 else states[0]
 
 
 def learning_rate(method: SFD, iteration: int) -> float:
     """The rate of an iteration, counted from 0: a tenth once the one before began after the drop."""
-    dropped = iteration > 0 and (iteration - 1) * method.batch >= method.lr_drop_at * method.budget_kimg * 1000
+    # Rounded, as 4.014 * 1000 is a little more than 4014.
+    drop = method.lr_drop_at * round(method.budget_kimg * 1000)
+    dropped = iteration > 0 and (iteration - 1) * method.batch >= drop
     return method.lr / 10 if dropped else method.lr
 
 
@@ -216,7 +234,7 @@ def uniform_labels(seed: int, first: int, end: int, label_dim: int) -> Tensor | 
     return seeds.label_rows(seed, "labels", first, end, label_dim)
 
 
-def sample(network: Denoiser, noise: Tensor, grid: Grid, labels: Tensor | None = None) -> Tensor:
+def sample(network: Denoise, noise: Tensor, grid: Grid, labels: Tensor | None = None) -> Tensor:
     """Images of a student's last branch: Euler on its grid with the analytic first step. [B, C, H, W]."""
     start = grid.student[0].to(noise) * noise
     with torch.no_grad():

@@ -17,14 +17,12 @@ from bdense_core.devices import check_device, place
 from bdense_core.errors import TrainingDiverged
 from bdense_core.evaluation import Metric
 from bdense_core.loops.sfd import adam, first_states, learning_rate, make_grid, sample, train_intervals
-from bdense_core.loops.sfd_targets import Batch, Targets
+from bdense_core.loops.sfd_targets import TARGETS, Batch, Targets
 from bdense_core.methods.sfd import SFD
-from bdense_core.precision import Trainee
+from bdense_core.precision import HalfDenoiser, Trainee
 from bdense_core.snapshots import Snapshots
 from bdense_core.task import Event, Progress, Score, Task, report_steps
 
-_PROGRESS_EVERY = 8
-"""Iterations between two signs of life."""
 SNAPSHOT_EVERY_S = 120.0
 """Seconds of training that an interrupted run may lose."""
 
@@ -36,8 +34,10 @@ def run(method: SFD, task: Task) -> Iterator[Event]:
     on the CPU bit for bit. What had been scored before is said again.
     """
     distillation = Distillation(method, task)
-    yield from distillation.scores()
     with distillation.targets as targets:
+        if distillation.ended:
+            distillation.write_student()
+        yield from distillation.scores()
         while not distillation.ended:
             for _ in targets.fill(distillation.iteration):
                 yield distillation.progress("teacher cache")
@@ -50,8 +50,7 @@ def run(method: SFD, task: Task) -> Iterator[Event]:
                 yield distillation.scores()[-1]
             else:
                 distillation.keep(unless_within_s=SNAPSHOT_EVERY_S)
-                if distillation.iteration % _PROGRESS_EVERY == 1:
-                    yield distillation.progress("train")
+                yield distillation.progress("train")
 
 
 class Distillation:
@@ -128,7 +127,8 @@ class Distillation:
 
     def score(self) -> Generator[Event, None, None]:
         """Measure the student as it is now; signs of life on the way."""
-        network, step = self._trainee.network.eval(), self._steps[-1] if self.ended else self._passed()[-1]
+        step = self._steps[-1] if self.ended else self._passed()[-1]
+        network = HalfDenoiser(self._trainee.network.eval(), self._trainee.student.eval())
         shape = (self.config.img_channels, self.config.img_resolution, self.config.img_resolution)
 
         def draw(noise: Tensor, labels: Tensor | None) -> Tensor:
@@ -142,7 +142,8 @@ class Distillation:
                 value: float = end.value
                 break
             yield Progress(kimg=self.images / 1000, done=min(self.done, 1 - 1e-6), phase="evaluation")
-        network.train()
+        self._trainee.network.train()
+        self._trainee.student.train()
         self._scores.append((step, value, self.done))
 
     def keep(self, *, unless_within_s: float = 0.0) -> None:
@@ -168,6 +169,7 @@ class Distillation:
                 "solver": "euler",
                 "afs": self._grid.first_trained == 1,
                 "sigmas": self._grid.student.tolist(),
+                "precision": self._trainee.precision,
             },
         }
         save_network(without_branches(self._trainee.student), Path(self.task.output), about)
@@ -208,4 +210,8 @@ def identity(method: SFD, task: Task) -> dict[str, Any]:
         "teacher_sha256": task.teacher.sha256,
         "protocol": evaluation.protocol.to_dict(),
         "evaluation_seed": evaluation.seed,
+        "targets": TARGETS,
+        "micro_batch": task.micro_batch,
+        "compile": task.compile,
+        "device": task.device.partition(":")[0],
     }

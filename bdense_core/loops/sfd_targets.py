@@ -20,15 +20,20 @@ from bdense_core.branches import freeze
 from bdense_core.cache import Recomputed, TrajectoryCache
 from bdense_core.checkpoints import load_network
 from bdense_core.devices import place
+from bdense_core.errors import CacheError, CheckpointError
 from bdense_core.files import HashedFile
 from bdense_core.loops.sfd import Grid, latents, teacher_states, uniform_labels
 from bdense_core.methods.sfd import SFD
-from bdense_core.networks import Denoiser, NetworkConfig
-from bdense_core.precision import DTYPES, Precision, in_precision
+from bdense_core.networks import NetworkConfig
+from bdense_core.precision import DTYPES, HalfDenoiser, in_precision
 from bdense_core.task import Task
 
+TARGETS = "sfd/3"
+"""Changes with whatever makes targets differ that their identity does not name."""
 SHARD_ROWS = 256
-"""Trajectories that the teacher walks at once, and in one file; few enough that signs of life come often."""
+"""Trajectories in one file."""
+_AT_ONCE = {"cuda": 256, "cpu": 32}
+"""Trajectories that the teacher walks at once: enough to fill the device, few enough for signs of life."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,11 @@ class Targets:
         self._teacher_file: HashedFile = task.teacher
         self._compile = task.compile
         self._shape = (config.img_channels, config.img_resolution, config.img_resolution)
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="targets")
+        self._reader = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="targets",
+            initializer=lambda: torch.cuda.set_device(device) if device.index is not None else None,
+        )
         self._ahead: tuple[int, Future[Batch]] | None = None
         self._store = self._make_store(task)
 
@@ -66,6 +75,10 @@ class Targets:
 
     def __exit__(self, *_: object) -> None:
         self._reader.shutdown(cancel_futures=True)
+        # The store's way back to here is a cycle: without this the teacher would stay on the GPU.
+        self._ahead = None
+        self._store = Recomputed(num_rows=0, shard_rows=SHARD_ROWS, compute=_nothing)
+        vars(self).pop("_teacher", None)
 
     def fill(self, iteration: int) -> Iterator[int]:
         """Make an iteration's batch readable; yields after each piece of work.
@@ -101,39 +114,48 @@ class Targets:
         noise = batch.noise.to(self._device, non_blocking=True)
         stored = batch.states.to(self._device, non_blocking=True).float()
         labels = None if batch.labels is None else batch.labels.to(self._device)
-        return Batch(noise, labels, stored + self._carried(noise))
+        carried = self._carried(noise)
+        if stored.shape[:3] != carried.shape[:3]:
+            raise CacheError(
+                f"the teacher cache holds targets {list(stored.shape[1:3])} of intervals and branches where this run "
+                f"needs {list(carried.shape[1:3])}; delete the cache's folder"
+            )
+        return Batch(noise, labels, stored + carried)
 
     def _carried(self, noise: Tensor) -> Tensor:
         """t_k z of the trained intervals, [B, J', K, C, H, W]."""
         levels = self._grid.inner[self._grid.first_trained :].to(noise)  # [J', K]
         return levels[None, :, :, None, None, None] * noise[:, None, None]
 
-    def _compute(self, first: int, end: int) -> Tensor:
-        """Rows as they are stored, on the CPU. A float16 teacher that overflows answers in float32."""
-        noise = latents(self._seed, first, end, self._shape).to(self._device)
-        labels = uniform_labels(self._seed, first, end, self._config.label_dim)
-        labels = None if labels is None else labels.to(self._device)
+    def _compute(self, first: int, end: int) -> Iterator[Tensor]:
+        """Rows as they are stored, on the CPU, piece by piece.
 
-        def walk(teacher: Denoiser) -> Tensor:
-            method = self._method
-            states = teacher_states(teacher, noise, self._grid, labels, solver=method.solver, order=method.order)
-            return states[:, self._grid.first_trained :] - self._carried(noise)
-
-        stored = walk(self._teacher)
-        if self._method.precision == "float16" and not bool(stored.isfinite().all()):
-            stored = walk(self._load("float32"))
-        return stored.to(DTYPES[self._method.targets]).cpu()
+        Raises:
+            CheckpointError: the teacher's states are not finite.
+        """
+        pieces = range(first, end, _AT_ONCE[self._device.type])
+        for begin, stop in zip(pieces, (*pieces[1:], end), strict=True):
+            noise = latents(self._seed, begin, stop, self._shape).to(self._device)
+            labels = uniform_labels(self._seed, begin, stop, self._config.label_dim)
+            labels = None if labels is None else labels.to(self._device)
+            method, grid = self._method, self._grid
+            states = teacher_states(self._teacher, noise, grid, labels, solver=method.solver, order=method.order)
+            stored = (states[:, grid.first_trained :] - self._carried(noise)).to(DTYPES[method.targets])
+            if not bool(stored.isfinite().all()):
+                raise CheckpointError(
+                    f"the teacher {self._teacher_file.path} gives states that are not finite (trajectories {begin} to "
+                    f"{stop - 1} of seed {self._seed}); check the file, or its sigma_max and method.sigma_max"
+                )
+            yield stored.cpu()
 
     @cached_property
-    def _teacher(self) -> Denoiser:
+    def _teacher(self) -> HalfDenoiser:
         """Loaded when it is first asked: with a full cache it never is."""
-        return self._load(self._method.precision)
-
-    def _load(self, precision: Precision) -> Denoiser:
-        teacher = place(freeze(in_precision(load_network(self._teacher_file), precision)), self._device)
+        full = place(freeze(load_network(self._teacher_file)), self._device)
+        half = in_precision(full, self._method.precision)
         if self._compile:
-            teacher.model.compile()
-        return teacher
+            half.model.compile()
+        return HalfDenoiser(half, full)
 
     def _make_store(self, task: Task) -> TrajectoryCache | Recomputed:
         num_rows = self._method.num_iterations * self._method.batch
@@ -154,14 +176,19 @@ class Targets:
     def _identity(self) -> dict[str, Any]:
         method, grid = self._method, self._grid
         return {
-            "targets": "sfd/2",
+            "targets": TARGETS,
             "teacher": self._teacher_file.sha256,
             "precision": method.precision,
             "seed": self._seed,
             "solver": method.solver,
             "order": method.order,
             "teacher_grid": grid.teacher.tolist(),
-            "num_branches": method.num_branches,
-            "first_trained": grid.first_trained,
+            "branch_levels": grid.inner[grid.first_trained :].tolist(),
             "dtype": method.targets,
+            "device": self._device.type,
         }
+
+
+def _nothing(first: int, end: int) -> Iterator[Tensor]:
+    """What a closed run computes."""
+    raise RuntimeError("the run has ended")

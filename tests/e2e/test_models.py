@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from bdense_core import assets
 from bdense_core.files import sha256_of_file
@@ -106,6 +107,21 @@ def test_a_killed_distillation_goes_on_and_ends_as_an_undisturbed_one(someone, d
     assert json.loads(done.stdout)["scores"] == distilled["scores"]
     assert sha256_of_file(folder / "student.safetensors") == distilled["student"]["sha256"]
     assert not (folder / "snapshots").exists()
+
+
+def test_a_part_of_the_images_is_drawn_not_cut_off(someone, tmp_path) -> None:
+    """A folder is sorted by class: its first images would be of one class."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.argsort(labels, kind="stable")
+    np.savez(tmp_path / "sorted.npz", images=np.round(images[order] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1))
+    command = ("fid", str(tmp_path / "sorted.npz"), "--features", "digits", "--format", "json")
+    some, other, all_of_them = (
+        json.loads(someone.weights(*command, *more).stdout)
+        for more in (("-n", "180", "--seed", "1"), ("-n", "180", "--seed", "2"), ())
+    )
+    assert (some["seed"], all_of_them["protocol"]["n_samples"]) == (1, 1797)
+    assert some["value"] != other["value"]
+    assert some["value"] < 5, "one class alone is farther than 10"
 
 
 def test_published_statistics_become_a_reference(someone, distilled) -> None:
@@ -227,6 +243,12 @@ def test_a_teacher_that_is_not_what_it_says_is_refused_with_the_place(someone, t
 )
 def test_what_is_given_wrongly_is_one_line(someone, arguments, code, words) -> None:
     complains(someone.weights(*arguments), code, *words)
+
+
+def test_a_cache_that_cannot_fit_ends_a_launch_before_it_begins(newcomer) -> None:
+    done = newcomer.launch("--set", "cache.budget_gb=0.001", "--no-dashboard")
+    complains(done, 1, "teacher cache takes 0.0123 GB", "cache.budget_gb allows 0.001")
+    assert not newcomer.home.exists()
 
 
 def test_no_gpu_where_a_study_asks_for_one_is_said(someone) -> None:

@@ -26,7 +26,12 @@ def row_values(first, end):
     return torch.arange(first, end).view(-1, 1, 1) + torch.tensor([[0, 0.25], [0.5, 0.75]])
 
 
-def make_cache(root, *, identity=IDENTITY, compute=row_values, num_rows=NUM_ROWS, shard_rows=SHARD_ROWS):
+def whole(first, end):
+    """What a cache is given: the rows, here in one piece."""
+    yield row_values(first, end)
+
+
+def make_cache(root, *, identity=IDENTITY, compute=whole, num_rows=NUM_ROWS, shard_rows=SHARD_ROWS):
     return TrajectoryCache(root, identity=identity, num_rows=num_rows, shard_rows=shard_rows, compute=compute)
 
 
@@ -59,7 +64,7 @@ def test_each_shard_is_computed_once_and_only_when_it_is_needed(tmp_path):
 
     def compute(first, end):
         asked.append((first, end))
-        return row_values(first, end)
+        return [row_values(first, end)]
 
     cache = make_cache(tmp_path, compute=compute)
     assert list(cache.fill(0, 5)) == [0, 1]
@@ -81,16 +86,36 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
 
 
 def test_an_interrupted_filling_ends_with_the_same_files_as_an_undisturbed_one(tmp_path):
-    whole = filled(tmp_path / "whole")
+    undisturbed = filled(tmp_path / "whole")
     begun = make_cache(tmp_path / "interrupted")
     work = begun.fill(0, NUM_ROWS)
     for _ in range(5):
         next(work)
     work.close()
     resumed = filled(tmp_path / "interrupted")
-    assert (begun.computed, resumed.computed) == (5, 7)
+    assert (begun.computed, resumed.computed) == (4, 8)  # the fifth was computed but not written yet
     assert shards(tmp_path / "interrupted") == shards(tmp_path / "whole")  # their names hold their contents' hashes
-    assert torch.equal(resumed.rows(0, NUM_ROWS), whole.rows(0, NUM_ROWS))
+    assert torch.equal(resumed.rows(0, NUM_ROWS), undisturbed.rows(0, NUM_ROWS))
+
+
+def test_pieces_are_signs_of_life_and_a_worker_that_leaves_between_two_frees_its_shard(tmp_path):
+    def piecewise(first, end):
+        for row in range(first, end):
+            yield row_values(row, row + 1)
+
+    cache = make_cache(tmp_path, compute=piecewise)
+    work = cache.fill(0, 4)
+    assert [next(work), next(work)] == [0, 0]
+    work.close()
+    assert shards(tmp_path) == []
+    assert list(cache.fill(0, 8)) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert torch.equal(cache.rows(0, 8), row_values(0, 8))
+    assert shards(tmp_path) == shards_of_whole(tmp_path / "whole", 8)
+
+
+def shards_of_whole(root, rows):
+    filled(root, num_rows=rows)
+    return shards(root)
 
 
 def test_rows_in_the_middle_are_made_without_those_before_them(tmp_path):
@@ -107,7 +132,7 @@ def test_without_a_cache_the_same_rows_are_computed_again(tmp_path):
 
     def compute(first, end):
         asked.append(first)
-        return row_values(first, end)
+        return [row_values(first, end)]
 
     rows = Recomputed(num_rows=NUM_ROWS, shard_rows=SHARD_ROWS, compute=compute)
     for first in range(0, NUM_ROWS, 5):
@@ -262,7 +287,7 @@ def compute(first, end):
     (seen / f"{first}-{end}-{name}").touch()
     (seen / f"began-{name}").touch()
     wait_for(lambda: len(list(seen.glob("began-*"))) == 3)  # everybody holds a shard before anybody ends one
-    return row_values(first, end)
+    return [row_values(first, end)]
 
 cache = make(compute, 400, 1)
 fill(cache)
@@ -282,7 +307,7 @@ LARGE = """
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 if name == "dies":
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-cache = make(lambda first, end: torch.ones(end - first, 10_000))
+cache = make(lambda first, end: [torch.ones(end - first, 10_000)])
 try:
     fill(cache)
 except CacheError as error:

@@ -260,13 +260,21 @@ def test_other_torchscript_is_refused_before_it_is_loaded(tmp_path, monkeypatch)
 
 def test_the_folder_made_for_clean_fid_is_gone_afterwards(torchscript, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(protocol, "INCEPTION_SHA256", torchscript.sha256)
     Inception(Path(torchscript.path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_known_file_without_inception_inside_is_a_checkpoint_error(tmp_path):
+def test_what_runs_is_what_was_hashed(torchscript):
+    """A file that is another by the time it is loaded is never run."""
+    with pytest.raises(CheckpointError, match="has changed"):
+        Inception(Path(torchscript.path))
+
+
+def test_a_known_file_without_inception_inside_is_a_checkpoint_error(tmp_path, monkeypatch):
     path = tmp_path / "f.pt"
     save_script(Layers(), path)
+    monkeypatch.setattr(protocol, "INCEPTION_SHA256", hashed(path).sha256)
     with pytest.raises(CheckpointError, match="cannot be loaded as Inception"):
         Inception(path)
 

@@ -1,5 +1,6 @@
 """Study files: what is accepted, what is refused and with which words."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -159,3 +160,21 @@ def test_every_key_of_a_resolved_study_is_known(tmp_path: Path) -> None:
     resolved = load_study(studies_folder() / "digits.yaml").to_dict()
     del resolved["files"]
     assert set(flatten(resolved)) <= set(known_keys("sfd"))
+
+
+def test_what_may_touch_results_is_no_harmless_change(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    stored = load_study(path).to_dict()
+    for override in ("resources.micro_batch=4", "resources.compile=true", "resources.gpus=0.5"):
+        assert differences(stored, load_study(path, overrides=(override,)).to_dict()), override
+    on_gpu = load_study(path, overrides=("resources.gpus=1",)).to_dict()
+    assert differences(on_gpu, load_study(path, overrides=("resources.gpus=0.5",)).to_dict()) == []
+
+
+def test_a_study_stored_before_float16_targets_is_read_as_what_it_meant() -> None:
+    """The resolved study as it was stored in the database at that time."""
+    stored = json.loads((Path(__file__).parent / "stored_study_before_float16_targets.json").read_text())
+    old = Study.from_dict(stored)
+    assert (old.name, old.spec.method.targets, old.spec.method.precision) == ("digits", "float32", "float32")
+    now = load_study(studies_folder() / "digits.yaml")
+    assert differences(old.to_dict(), now.to_dict()) == ["method.targets: stored 'float32', now 'float16'"]
