@@ -146,13 +146,11 @@ def _persistent_object(args: tuple[Any, ...]) -> _Object:
     (meta,) = _arguments(args, dict)
     class_name, state, source = (meta.get(key) for key in ("class_name", "state", "module_src"))
     if meta.get("type") != "class" or not isinstance(class_name, str) or not isinstance(state, dict):
-        raise ValueError(f"{_PERSISTENT} is called for something that is no object of a class")
+        raise ValueError("it is called for something that is no object of a class")
     if not isinstance(source, str) or len(source) > _MAX_SOURCE:
-        raise ValueError(f"{_PERSISTENT} is called without a source text, or with a huge one")
+        raise ValueError("it is called without a source text, or with a huge one")
     if source and not re.search(rf"^class\s+{re.escape(class_name[:_MAX_TEXT])}\b", source, re.MULTILINE):
-        raise UnsafePickle(
-            f"{_PERSISTENT} brings a source text that does not define the class {_shown(class_name)} it is for"
-        )
+        raise UnsafePickle(f"it brings a source text that does not define the class {_shown(class_name)} it is for")
     return _Object(class_name, state)
 
 
@@ -395,7 +393,12 @@ class _Machine:
             raise UnsafePickle("it calls something that is no known name")
         if not isinstance(args, tuple):
             raise ValueError(f"the arguments of {made_from.name} are no tuple")
-        self._stack.append(self._constructors[made_from.name](args))
+        try:
+            self._stack.append(self._constructors[made_from.name](args))
+        except UnsafePickle as error:
+            raise UnsafePickle(f"in {made_from.name}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"in {made_from.name}: {error}") from error
 
     def _build(self, _: Any) -> None:
         state, target = self._pop(), self._top()

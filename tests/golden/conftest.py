@@ -1,12 +1,17 @@
 """Where the stored numbers are, how they are read, and what counts as equal.
 
 The vectors are not part of this repository: `BDENSE_VECTORS` names their folder, otherwise
-`../shared/vectors` beside the checkout is tried. Without them these tests are skipped.
+`../shared/vectors` beside the checkout is tried. Without them these tests are skipped. Another folder of the
+same form may hold other cases: each one's settings are read from its metadata, and what these tests do not
+know fails.
 """
 
+import copy
+import dataclasses
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +28,15 @@ from bdense_core.methods.sfd import SFD
 from bdense_core.networks import Denoiser, NetworkConfig, build
 from bdense_core.precision import Trainee
 
-TOLERANCES = (
-    "tol_maxabs",
-    "tol_maxabs_per_state",
-    "tol_maxabs_per_interval",
-    "tol_maxabs_per_interval_branch",
-    "tol_maxrel",
-    "tol_maxrel_per_iteration",
-    "tol_meanabs",
+TOLERANCE = re.compile(r"tol_(maxabs|maxrel|meanabs)(_per_\w+)?")
+TEACHER = re.compile(r"(\w+)(?: (?:max_)?order (\d+))?( predict_x0 lower_order_final)?(?: no AFS)?")
+CONFIG = frozenset(
+    {"num_steps", "nfe", "intervals", "M", "K", "afs", "batch", "iterations", "total_images", "lr", "betas", "eps"}
+    | {"sigma_min", "sigma_max", "schedule", "teacher", "dropout", "precision"}
+    | {"weights", "weights_rule", "head", "head_layout"}
 )
+"""Settings of a stored training run; any other fails."""
+AUTHORS_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = Path(os.environ.get("BDENSE_VECTORS", ROOT.parent / "shared" / "vectors"))
 
@@ -52,12 +57,13 @@ class Vectors:
         assert list(actual.shape) == list(expected.shape), f"{self.name} {key}: shape"
         actual, expected = actual.detach().double(), expected.double()
         assert actual.isfinite().all(), f"{self.name} {key}: not finite"
-        tolerances = {kind: limits(rule[kind], expected.dim()) for kind in rule if kind in TOLERANCES}
+        tolerances = {kind: limits(rule[kind], expected.dim()) for kind in rule if kind.startswith("tol_")}
         assert tolerances, f"{self.name} {key}: no stored tolerance"
         error = (actual - expected).abs()
         for kind, tolerance in tolerances.items():
+            assert TOLERANCE.fullmatch(kind), f"{self.name} {key}: a tolerance of an unknown kind, {kind}"
             allowed = tolerance * expected.abs() if "maxrel" in kind else tolerance
-            seen = error.mean() if kind == "tol_meanabs" else error
+            seen = error.mean() if "meanabs" in kind else error
             excess = (seen - allowed).max()
             assert excess <= 0, f"{self.name} {key}: {kind} exceeded by {excess:.3g}, error {error.max():.3g}"
 
@@ -75,8 +81,12 @@ class Vectors:
         assert difference.max() <= 1, f"{self.name} uint8/{case}"
 
     def unchecked(self, *inputs: str) -> set[str]:
-        """The arrays that no `check` has seen, other than the named inputs: a test expects none."""
-        return {key for key in self.arrays if key not in self.checked and not key.startswith(inputs)}
+        """The arrays that no `check` has seen, other than the named inputs: a test expects none.
+
+        A name that ends in `.` or `/` stands for all that begin with it.
+        """
+        groups = tuple(name for name in inputs if name.endswith((".", "/")))
+        return {k for k in self.arrays if not (k in self.checked or k in inputs or k.startswith(groups))}
 
     def state(self, prefix: str = "state.") -> dict[str, Tensor]:
         """The stored parameters and buffers below `prefix`, in float32."""
@@ -91,13 +101,46 @@ def limits(stored: Any, num_axes: int) -> Tensor:
 
 def read(path: Path) -> Vectors:
     """The vectors in `x.safetensors` with the settings in `x.meta.json`."""
+    name, arrays = f"{path.parent.name}/{path.stem}", load_file(path)
     meta = json.loads(path.with_suffix(".meta.json").read_text())
-    return Vectors(path.stem, meta, load_file(path))
+    described = {key: (rule["shape"], rule["dtype"]) for key, rule in meta["arrays"].items()}
+    found = {key: (list(array.shape), str(array.dtype).removeprefix("torch.")) for key, array in arrays.items()}
+    assert described == found, f"{name}: not the arrays that its metadata describes"
+    return Vectors(name, meta, arrays)
 
 
-def network(vectors: Vectors) -> Denoiser:
-    """The stored network with its weights, in evaluation mode."""
-    denoiser = build(NetworkConfig.from_edm_kwargs(vectors.meta["wrapper"], vectors.meta["kwargs"]))
+def levels_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule, rho and limits that settings name; where they are silent, those of the README."""
+    words = re.fullmatch(r"(\w+)(?: rho ([\d.]+))?", settings.get("schedule", "polynomial rho 7"))
+    assert words, f"a schedule in an unknown form: {settings['schedule']}"
+    return {
+        "schedule": settings.get("schedule_type", words[1]),
+        "rho": float(settings.get("schedule_rho", words[2] or 7)),
+        "sigma_min": settings.get("sigma_min", 0.006),
+        "sigma_max": settings.get("sigma_max", 80.0),
+    }
+
+
+def method_of(settings: Mapping[str, Any], num_branches: int, **others: Any) -> SFD:
+    """The grids and the teacher that settings name."""
+    described = settings.get("teacher", "dpmpp order 3 predict_x0 lower_order_final")
+    words = TEACHER.fullmatch(described)
+    assert words, f"a teacher in an unknown form: {described}"
+    assert words[1] != "dpmpp" or words[3], f"a teacher that these tests do not cover: {described}"
+    return SFD(
+        num_branches=num_branches,
+        teacher_steps=settings["M"] + 1,
+        solver=words[1],
+        solver_order=int(words[2] or 1),
+        **levels_of(settings),
+        **others,
+    )
+
+
+def network(vectors: Vectors, dropout: float | None = None) -> Denoiser:
+    """The stored network with its weights, in evaluation mode; the settings of a run may name another dropout."""
+    config = NetworkConfig.from_edm_kwargs(vectors.meta["wrapper"], vectors.meta["kwargs"])
+    denoiser = build(config if dropout is None else dataclasses.replace(config, dropout=dropout))
     denoiser.load_state_dict(vectors.state(), strict=True)
     return denoiser.eval().requires_grad_(False)
 
@@ -123,37 +166,44 @@ class Replay:
     """After each iteration."""
 
 
-def replay(vectors: Vectors, teacher: Denoiser, num_branches: int, weights: list[float]) -> Replay:
+def replay(
+    vectors: Vectors,
+    teacher: Denoiser,
+    num_branches: int,
+    weights: list[float],
+    dtype: torch.dtype = torch.float32,
+) -> Replay:
     """The stored run with this project's functions; a setting they cannot follow fails the test."""
-    config, noises = dict(vectors.meta["config"]), vectors.arrays["noise"]
-    method = SFD(
-        nfe=config["num_steps"] - 1 - config["afs"],
-        num_branches=num_branches,
-        teacher_steps=config["M"] + 1,
+    config, noises = vectors.meta["config"], vectors.arrays["noise"].to(dtype)
+    assert set(config) <= CONFIG, f"settings not covered: {set(config) - CONFIG}"
+    num_steps, afs = config["num_steps"], config["afs"]
+    assert config.get("intervals", num_steps - 1) == num_steps - 1
+    assert config.get("nfe", num_steps - 1 - afs) == num_steps - 1 - afs
+    assert (config["precision"], config["dropout"]) == ("float32", 0)
+    assert noises.shape[:2] == (config["iterations"], config["batch"])
+    method = method_of(
+        config,
+        num_branches,
         lr=config["lr"],
         batch=config["batch"],
         budget_kimg=config["total_images"] / 1000,
-        sigma_min=config["sigma_min"],
-        sigma_max=config["sigma_max"],
     )
-    assert config["schedule"] == f"polynomial rho {method.rho:g}"
-    assert config["teacher"] == f"dpmpp order {method.solver_order} predict_x0 lower_order_final"
-    assert (config["precision"], config["dropout"]) == ("float32", teacher.config.dropout)
-    assert noises.shape[:2] == (config["iterations"], config["batch"])
+    teacher = copy.deepcopy(teacher).to(dtype)
+    assert teacher.config.dropout == 0
     student = with_branches(teacher, num_branches).requires_grad_(True).train()
     optimizer = sfd.adam(student, method)
-    assert list(optimizer.defaults["betas"]) == config["betas"]
-    assert (optimizer.defaults["eps"], optimizer.defaults["weight_decay"]) == (config["eps"], 0)
-    grid = sfd.make_grid(method, num_steps=config["num_steps"], afs=config["afs"])
+    assert {key: optimizer.defaults[key] for key in AUTHORS_ADAM} == AUTHORS_ADAM
+    optimizer.param_groups[0].update(betas=tuple(config["betas"]), eps=config["eps"])
+    grid = sfd.make_grid(method, num_steps=num_steps, afs=afs)
     start = {name: p.detach().clone() for name, p in student.named_parameters()}
     rates, states, targets, losses, parameters = [], [], [], [], []
     gradients: dict[str, Tensor | None] = {}
     for iteration, noise in enumerate(noises):
-        labels = one_hot(vectors, teacher, iteration)
-        target = sfd.teacher_states(teacher, noise, grid, labels)
+        labels = labels_of(vectors, teacher, iteration)
+        target = sfd.teacher_states(teacher, noise, grid, labels, solver=method.solver, order=method.order)
         predicted: list[Tensor] = []
         means: list[Tensor] = []
-        if config["afs"]:
+        if afs:
             level = grid.student[0]
             predicted.append(sfd.analytic_states(level.to(noise) * noise, level, grid.inner[0]))
             means.append(sfd.branch_losses(predicted[0], target[:, 0]))
@@ -163,7 +213,7 @@ def replay(vectors: Vectors, teacher: Denoiser, num_branches: int, weights: list
             Trainee(student, optimizer),
             sfd.first_states(noise, grid),
             target[:, len(predicted) :],
-            weights=torch.tensor(weights, dtype=torch.float32),
+            weights=torch.tensor(weights, dtype=dtype),
             grid=grid,
             labels=labels,
         ):
@@ -192,18 +242,21 @@ def replay(vectors: Vectors, teacher: Denoiser, num_branches: int, weights: list
     )
 
 
-def one_hot(vectors: Vectors, teacher: Denoiser, *index: int) -> Tensor | None:
-    """The stored classes (of one iteration, if they have such an axis), or None for an ordinary network."""
-    if teacher.config.label_dim == 0:
-        assert "label_index" not in vectors.arrays
+def labels_of(vectors: Vectors, denoiser: Denoiser, *index: int) -> Tensor | None:
+    """The stored labels, one-hot (of one iteration, if they have such an axis); None for an ordinary network."""
+    stored = [vectors.arrays[key] for key in ("class_labels", "label_index") if key in vectors.arrays]
+    assert len(stored) == (denoiser.config.label_dim > 0), f"{vectors.name}: labels do not fit the network"
+    if not stored:
         return None
-    classes = vectors.arrays["label_index"][index]
-    return torch.nn.functional.one_hot(classes, teacher.config.label_dim).float()
+    if "class_labels" in vectors.arrays:
+        return stored[0][index or ...]
+    return torch.nn.functional.one_hot(stored[0][index or ...], denoiser.config.label_dim).float()
 
 
 def check_training(vectors: Vectors, run: Replay) -> None:
     """Whatever the stored plain and dense runs have in common."""
     never = set(vectors.meta["never_compare"])
+    moved = []
     vectors.check("lr_used", run.rates)
     for name in vectors.meta["parameters_without_gradient"]:
         assert run.first_gradients[name] is None, name
@@ -219,34 +272,32 @@ def check_training(vectors: Vectors, run: Replay) -> None:
         elif group.startswith("param_iter"):
             vectors.check(key, run.parameters[int(group.removeprefix("param_iter")) - 1][name])
             rule = vectors.meta["arrays"][key]
-            # A pass says nothing where the tolerance is as large as the move.
-            assert 10 * rule["tol_maxabs"] < rule["update_maxabs"] or rule["update_maxabs"] == 0, key
+            moved.append(any(10 * rule[f"tol_{kind}"] < rule[f"update_{kind}"] for kind in ("maxabs", "meanabs")))
         elif group.startswith("update_l2_iter"):
             after = run.parameters[int(group.removeprefix("update_l2_iter")) - 1]
             moves = [(after[n].double() - run.start[n].double()).norm() for n in vectors.meta["update_l2_names"]]
             vectors.check(key, torch.stack(moves))
         elif group == "student_endpoints":
             vectors.check(key, run.states[int(name.removeprefix("iter")) - 1][:, -1])
+        elif group == "teacher_states":
+            vectors.check(key, run.targets[int(name.removeprefix("iter")) - 1][:, -1])
+        elif group == "branch_states":
+            vectors.check(key, run.states[int(name.removeprefix("iter")) - 1])
+    # A pass says nothing where the tolerance is as large as the move.
+    assert any(moved) or not moved, f"{vectors.name}: no stored parameter moved farther than its tolerance"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "files(pattern): run for each file of the vectors that matches")
+    config.addinivalue_line("markers", "files(*patterns): run for each file of the vectors that matches")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`@pytest.mark.files("sfd/*.json")` calls a test with `path` once for each matching file."""
+    """`@pytest.mark.files("sfd/*.json")` calls a test with `path` once for each file that matches a pattern."""
     marker = metafunc.definition.get_closest_marker("files")
     if marker is None:
         return
-    (pattern,) = marker.args
-    paths = sorted(VECTORS.glob(pattern))
-    if paths:
-        metafunc.parametrize("path", paths, ids=[str(p.relative_to(VECTORS)) for p in paths])
-    else:
-        reason = f"no {pattern} in {VECTORS}; set BDENSE_VECTORS to the folder of the vectors"
-        # A folder without the expected files is a mistake and fails; no folder at all is skipped.
-        marks = [] if VECTORS.is_dir() else [pytest.mark.skip(reason=reason)]
-        metafunc.parametrize("path", [pytest.param(VECTORS / pattern, marks=marks, id="missing")])
+    paths = sorted(path for pattern in marker.args for path in VECTORS.glob(pattern)) or [VECTORS / marker.args[0]]
+    metafunc.parametrize("path", paths, ids=[str(p.relative_to(VECTORS)) for p in paths], indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -256,18 +307,47 @@ def vectors_root() -> Path:
     return VECTORS
 
 
+@pytest.fixture
+def path(request: pytest.FixtureRequest, vectors_root: Path) -> Path:
+    """One of the files that a test asks for. A folder without any is a mistake and fails."""
+    found: Path = request.param
+    if not found.exists():
+        pytest.fail(f"no {found.relative_to(vectors_root)} in {vectors_root}: incomplete, or not a folder of vectors")
+    return found
+
+
 @pytest.fixture(scope="session")
 def read_vectors() -> Callable[[Path], Vectors]:
     return read
 
 
 @pytest.fixture(scope="session")
-def stored_network() -> Callable[[Vectors], Denoiser]:
+def stored_network() -> Callable[..., Denoiser]:
     return network
 
 
 @pytest.fixture(scope="session")
-def replay_training() -> Callable[[Vectors, Denoiser, int, list[float]], Replay]:
+def named_network() -> Callable[..., Denoiser]:
+    """Of the vectors in a file, the network that they name, beside its folder."""
+
+    def of(path: Path, vectors: Vectors, dropout: float | None = None) -> Denoiser:
+        return network(read(path.parents[1] / vectors.meta["network"]), dropout)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def stored_levels() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    return levels_of
+
+
+@pytest.fixture(scope="session")
+def stored_method() -> Callable[..., SFD]:
+    return method_of
+
+
+@pytest.fixture(scope="session")
+def replay_training() -> Callable[..., Replay]:
     return replay
 
 
@@ -278,4 +358,4 @@ def check_common_training() -> Callable[[Vectors, Replay], None]:
 
 @pytest.fixture(scope="session")
 def stored_labels() -> Callable[..., Tensor | None]:
-    return one_hot
+    return labels_of

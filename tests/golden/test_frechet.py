@@ -28,4 +28,6 @@ def test_statistics_and_distances_of_every_stored_case(path, read_vectors):
             assert norm == pytest.approx(facts[f"fro_sigma_{side}"], rel=1e-9)
             sides.append(statistics)
         distance = torch.tensor(frechet_distance(*sides), dtype=torch.float64)
+        vectors.checked.add(f"{case}/frechet")
         assert (vectors.arrays[f"{case}/frechet"] - distance).abs().max() <= facts["tol_maxabs"], case
+    assert not vectors.unchecked(*(f"{case}/{side}" for case in vectors.meta["cases"] for side in "xy"))

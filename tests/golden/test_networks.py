@@ -1,6 +1,7 @@
 """Networks against the numbers of NVlabs/edm (shared/vectors/sfd/README.md)."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from bdense_core.unets import BlockStyle, PositionalEmbedding, ResidualBlock
 pytestmark = pytest.mark.golden
 
 
-@pytest.mark.files("sfd/networks/*.safetensors")
+@pytest.mark.files("sfd/networks/*.safetensors", "sfd/networks/full_size_*.json")
 def test_every_stored_network_block_and_embedding(path, read_vectors, stored_network):
+    if path.suffix == ".json":
+        check_full_size(json.loads(path.read_text()))
+        return
     vectors = read_vectors(path)
     if "wrapper" in vectors.meta:
         check_network(vectors, stored_network)
@@ -25,25 +29,20 @@ def test_every_stored_network_block_and_embedding(path, read_vectors, stored_net
 
 def check_network(vectors, stored_network):
     denoiser, arrays = stored_network(vectors), vectors.arrays
-    labels = arrays.get("class_labels")
-    variants = {
-        "": (arrays["sigma"], labels, None),
-        "_scalar_sigma": (arrays["sigma_scalar"], labels, None),
-        "_nolabel": (arrays["sigma"], None, None),
-        "_aug": (arrays["sigma"], labels, arrays.get("augment_labels")),
-    }
-    results = {}
-    with torch.no_grad():
-        for suffix, (sigma, class_labels, augment_labels) in variants.items():
-            if f"D{suffix}" in arrays:
-                inputs = (arrays["x"], sigma, class_labels, augment_labels)
-                results[f"D{suffix}"] = denoiser(*inputs)
-                results[f"F{suffix}"] = denoiser.raw(*inputs)
-                results[f"c_noise{suffix}"] = denoiser.c_noise(sigma)
-    stored = {key for key, rule in vectors.meta["arrays"].items() if "tol_maxabs" in rule}
-    assert set(results) == stored  # nothing stored was left out
-    for key, value in results.items():
-        vectors.check(key, value)
+    assert sum(p.numel() for p in denoiser.parameters()) == vectors.meta["n_params"]
+    outputs = {"D": denoiser, "F": denoiser.raw, "c_noise": lambda x, sigma, *labels: denoiser.c_noise(sigma)}
+    for key in arrays:
+        if found := re.fullmatch(r"(D|F|c_noise)((?:_scalar_sigma|_nolabel|_aug)*)", key):
+            inputs = (
+                arrays["x"],
+                arrays["sigma_scalar" if "_scalar_sigma" in found[2] else "sigma"],
+                None if "_nolabel" in found[2] else arrays.get("class_labels"),
+                arrays["augment_labels"] if "_aug" in found[2] else None,
+            )
+            with torch.no_grad():
+                vectors.check(key, outputs[found[1]](*inputs))
+    assert {"D", "F", "c_noise"} <= vectors.checked
+    assert not vectors.unchecked("state.", "x", "sigma", "sigma_scalar", "class_labels", "augment_labels")
 
 
 def check_blocks(vectors):
@@ -55,24 +54,27 @@ def check_blocks(vectors):
             out = block.eval()(vectors.arrays[f"{name}/x"], vectors.arrays[f"{name}/emb"])
         vectors.check(f"{name}/out", out)
         assert block.num_heads == given["num_heads_effective"]
+    inputs = [f"{name}/{key}" for name in vectors.meta["blocks"] for key in ("state.", "x", "emb")]
+    assert not vectors.unchecked(*inputs)
 
 
 def build_block(given):
     """The block that upstream's arguments describe; an argument not known here fails the test."""
     del given["num_heads_effective"]
+    channels = given.pop("in_channels"), given.pop("out_channels")
+    num_heads, channels_per_head = given.pop("num_heads", None), given.pop("channels_per_head", 64)
     style = BlockStyle(
         emb_channels=given.pop("emb_channels"),
-        dropout=0.0,
+        dropout=given.pop("dropout", 0.0),
         eps=given.pop("eps", 1e-5),
-        adaptive_scale=given.pop("adaptive_scale"),
+        adaptive_scale=given.pop("adaptive_scale", True),
         skip_scale=given.pop("skip_scale", 1.0),
-        channels_per_head=None if given.pop("num_heads", None) == 1 else given.pop("channels_per_head", 64),
+        channels_per_head=channels[1] // num_heads if num_heads else channels_per_head,
         project_resampled=given.pop("resample_proj", False),
         taps=tuple(given.pop("resample_filter", (1, 1))),
     )
     resampling = "up" if given.pop("up", False) else "down" if given.pop("down", False) else None
-    channels = given.pop("in_channels"), given.pop("out_channels")
-    attention = given.pop("attention")
+    attention = given.pop("attention", False)
     assert not given, f"arguments not covered: {given}"
     return ResidualBlock(*channels, style, resampling=resampling, attention=attention)
 
@@ -87,9 +89,8 @@ def check_embeddings(vectors):
         vectors.check(case, embed(vectors.arrays["c_noise"]))
 
 
-@pytest.mark.files("sfd/networks/full_size_*.json")
-def test_full_size_networks_have_the_published_layers(path):
-    meta = json.loads(path.read_text())
+def check_full_size(meta):
+    """The published layers, worked out without weights."""
     with torch.device("meta"):
         denoiser = build(NetworkConfig.from_edm_kwargs(meta["wrapper"], meta["kwargs"]))
     parameters = {name: list(p.shape) for name, p in denoiser.named_parameters()}
@@ -101,25 +102,3 @@ def test_full_size_networks_have_the_published_layers(path):
     assert {name: block.num_heads for name, block in blocks.items()} == meta["attention_blocks"]
     norms = {n: [m.num_groups, m.eps] for n, m in denoiser.named_modules() if isinstance(m, nn.GroupNorm)}
     assert not meta["group_norms"] or norms == meta["group_norms"]
-
-
-@pytest.mark.files("sfd/dense/folded_head.safetensors")
-def test_last_branch_equals_the_folded_ordinary_network(path, read_vectors):
-    vectors = read_vectors(path)
-    assert vectors.meta["cases"]
-    for name, case in vectors.meta["cases"].items():
-        arrays = {k.removeprefix(f"{name}/"): v for k, v in vectors.arrays.items() if k.startswith(f"{name}/")}
-        inputs = (arrays["x"], arrays["sigma"], arrays.get("class_labels"))
-        config = NetworkConfig.from_edm_kwargs(case["wrapper"], case["kwargs"])
-        folded = build(config).eval()
-        folded.load_state_dict(vectors.state(f"{name}/state."), strict=True)
-        values = config.to_dict() | {"num_branches": case["K"]}
-        dense = build(NetworkConfig.from_dict(values)).eval()
-        assert dense.head_name == case["head"]
-        head = {f"{dense.head_name}.{k}": arrays[f"dense_head.{k}"].float() for k in ("weight", "bias")}
-        dense.load_state_dict(folded.state_dict() | head, strict=True)
-        with torch.no_grad():
-            vectors.check(f"{name}/D_folded", folded(*inputs))
-            vectors.check(f"{name}/D_branch", dense.branches(*inputs).transpose(0, 1))
-            vectors.check(f"{name}/F", dense.raw(*inputs))
-            vectors.check(f"{name}/D_folded", dense(*inputs))

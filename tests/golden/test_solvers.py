@@ -26,20 +26,24 @@ def gaussian_mixture(arrays):
     return denoise
 
 
-def walk(denoise, latents, settings):
+LEVELS = ("schedule", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
+
+
+def grid_of(settings, stored_levels):
+    """The grid that settings describe, which are taken from them."""
+    return sigmas.student_grid(
+        settings.pop("num_steps"), **stored_levels({key: settings.pop(key) for key in LEVELS if key in settings})
+    )
+
+
+def walk(denoise, latents, settings, stored_levels):
     """The trajectory that upstream's settings describe; a setting not known here fails the test."""
     settings = dict(settings)
     orders = settings.pop("orders", None)
-    grid = sigmas.student_grid(
-        settings.pop("num_steps"),
-        schedule=settings.pop("schedule_type"),
-        sigma_min=settings.pop("sigma_min"),
-        sigma_max=settings.pop("sigma_max"),
-        rho=settings.pop("schedule_rho"),
-    )
+    grid = grid_of(settings, stored_levels)
     options = {"to_zero": settings.pop("denoise_to_zero", False), **settings}
-    known = inspect.signature(solvers.solve).parameters
-    assert set(options) <= set(known), f"settings not covered: {set(options) - set(known)}"
+    known = set(inspect.signature(solvers.solve).parameters) - {"denoise", "x", "sigmas"}
+    assert set(options) <= known, f"settings not covered: {set(options) - known}"
     if orders is not None:
         final = options["lower_order_final"]
         used = [
@@ -51,70 +55,51 @@ def walk(denoise, latents, settings):
         return solvers.solve(denoise, grid[0] * latents, grid, **options)
 
 
-@pytest.mark.files("sfd/solvers/gmm.safetensors")
-def test_trajectories_on_a_gaussian_mixture(path, read_vectors):
+@pytest.mark.files("sfd/solvers/*.safetensors")
+def test_every_stored_trajectory_and_coefficient(path, read_vectors, named_network, stored_labels, stored_levels):
+    """Told apart by what they hold, so that a case under another name is not passed over."""
     vectors = read_vectors(path)
-    denoise = gaussian_mixture(vectors.arrays)
-    assert {key for key in vectors.arrays if key.startswith("traj/")} == set(vectors.meta["cases"])
-    for case, settings in vectors.meta["cases"].items():
-        vectors.check(case, walk(denoise, vectors.arrays["latents"], settings))
+    cases = vectors.meta["cases"]
+    assert cases
+    if "latents" not in vectors.arrays:
+        for case, settings in cases.items():
+            vectors.check(case, coefficients(settings, stored_levels))
+        assert not vectors.unchecked()
+        return
+    if "gmm_means" in vectors.arrays:
+        denoise = gaussian_mixture(vectors.arrays)
+    else:
+        denoiser = named_network(path, vectors)
+        labels = stored_labels(vectors, denoiser)
+
+        def denoise(x, t):
+            return denoiser(x, t, labels)
+
+    for case, settings in cases.items():
+        vectors.check(case, walk(denoise, vectors.arrays["latents"], settings, stored_levels))
+    assert not vectors.unchecked("latents", "class_labels", "label_index", "gmm_weights", "gmm_means", "gmm_std")
 
 
-@pytest.mark.files("sfd/solvers/net_*.safetensors")
-def test_trajectories_on_stored_networks(path, read_vectors, stored_network):
-    vectors = read_vectors(path)
-    denoiser = stored_network(read_vectors(path.parents[1] / vectors.meta["network"]))
-    labels = vectors.arrays.get("class_labels")
-    assert {key for key in vectors.arrays if key.startswith("traj/")} == set(vectors.meta["cases"])
-    for case, settings in vectors.meta["cases"].items():
-        states = walk(lambda x, t: denoiser(x, t, labels), vectors.arrays["latents"], settings)
-        vectors.check(case, states)
-
-
-@pytest.mark.files("sfd/solvers/deis_coefficients.safetensors")
-def test_deis_coefficients(path, read_vectors):
-    vectors = read_vectors(path)
-    assert vectors.meta["cases"]
-    for case, settings in vectors.meta["cases"].items():
-        limits = {"sigma_min": settings["sigma_min"], "sigma_max": settings["sigma_max"]}
-        grid = sigmas.polynomial(settings["num_steps"], **limits)
-        rows = solvers.deis_coefficients(grid, settings["max_order"])
-        vectors.check(case, torch.tensor(rows, dtype=torch.float64))
-
-
-@pytest.mark.files("sfd/sfd/teacher_*.safetensors")
-def test_teacher_states_at_the_student_levels(path, read_vectors, stored_network):
-    vectors = read_vectors(path)
-    denoiser = stored_network(read_vectors(path.parents[1] / vectors.meta["network"]))
-    labels, noise = vectors.arrays.get("class_labels"), vectors.arrays["noise"]
-    limits = {"sigma_min": vectors.meta["sigma_min"], "sigma_max": vectors.meta["sigma_max"]}
-    assert vectors.meta["cases"]
-    for case, settings in vectors.meta["cases"].items():
-        student = sigmas.student_grid(settings["num_steps"], **limits)
-        grid = sigmas.teacher_grid(settings["num_steps"], settings["M"] + 1, **limits)
-        assert len(grid) == settings["num_steps_teacher"]
-        orders = [solvers.dpmpp_order(i, len(grid), 3, lower_order_final=True) for i in range(len(grid) - 1)]
-        assert orders == settings["teacher_orders"]
-        with torch.no_grad():
-            x = limits["sigma_max"] * noise
-            states = solvers.solve(lambda x, t: denoiser(x, t, labels), x, grid, solver="dpmpp")
-        vectors.check(f"t_student/{case}", torch.tensor(student))
-        vectors.check(f"teacher_traj/{case}", states[settings["teacher_indices"]])
+def coefficients(settings, stored_levels):
+    """The weights of tAB-DEIS that settings describe; a setting not known here fails the test."""
+    settings = dict(settings)
+    grid = grid_of(settings, stored_levels)
+    rows = solvers.deis_coefficients(grid, settings.pop("max_order"))
+    assert not settings, f"settings not covered: {settings}"
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @pytest.mark.files("sfd/sampling/*.safetensors")
-def test_samples_by_euler_with_an_analytic_first_step(path, read_vectors, stored_network):
+def test_samples_by_euler_with_an_analytic_first_step(path, read_vectors, named_network, stored_labels, stored_levels):
     vectors = read_vectors(path)
-    root = path.parents[1]
-    denoiser = stored_network(read_vectors(root / vectors.meta["network"]))
+    denoiser = named_network(path, vectors)
     if trained := re.search(r"(\S+\.safetensors) (param_iter\d+/)", vectors.meta["weights"]):
-        state = read_vectors(root / trained[1]).state(trained[2]) | vectors.state("qkv_bias/")
+        state = read_vectors(path.parents[1] / trained[1]).state(trained[2]) | vectors.state("qkv_bias/")
         denoiser.load_state_dict(denoiser.state_dict() | state, strict=True)
-    labels = vectors.arrays.get("class_labels")
-    limits = {"sigma_min": vectors.meta["sigma_min"], "sigma_max": vectors.meta["sigma_max"]}
+    labels = stored_labels(vectors, denoiser)
     assert vectors.meta["cases"]
     for case, settings in vectors.meta["cases"].items():
-        grid = sigmas.student_grid(settings["num_steps"], **limits)
+        grid = sigmas.student_grid(settings["num_steps"], **stored_levels(vectors.meta | settings))
         assert sigmas.nfe_of(len(grid), afs=settings["afs"]) == settings["nfe"]
         with torch.no_grad():
             states = solvers.solve(
@@ -126,3 +111,4 @@ def test_samples_by_euler_with_an_analytic_first_step(path, read_vectors, stored
         vectors.check(f"images/{case}", states[-1])
         if f"traj/{case}" in vectors.arrays:
             vectors.check(f"traj/{case}", states)
+    assert not any(key.startswith("traj/") for key in vectors.unchecked())
