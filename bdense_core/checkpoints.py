@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bdense_core.edm_pickle import read_edm_pickle
+from bdense_core.edm import read_edm_pickle
 from bdense_core.errors import CheckpointError, ConfigError
 from bdense_core.files import HashedFile, canonical_json, sha256_of_file, write_bytes_atomically
 from bdense_core.integrity import METADATA, check_file, read_metadata

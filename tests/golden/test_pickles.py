@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from bdense_core import edm_pickle
 from bdense_core.checkpoints import import_edm, load_network
-from bdense_core.edm_pickle import read_edm_pickle
+from bdense_core.edm import read_edm_pickle
+from bdense_core.edm.names import CONSTRUCTORS
 from bdense_core.errors import CheckpointError
 from bdense_core.files import sha256_of_file
 from bdense_core.network_config import NetworkConfig
@@ -87,7 +87,7 @@ def test_hostile_pickles_are_refused_by_name_and_nothing_of_them_is_run(path, wa
         assert "\n" not in message
         assert name in message
         # A trick that names nothing, such as EXT1, or only what networks name too, is refused as what it is.
-        by_kind = set(case["globals"]) <= set(edm_pickle._OBJECTS)
+        by_kind = set(case["globals"]) <= set(CONSTRUCTORS)
         assert by_kind or any(wanted in message for wanted in case["globals"]), message
 
 

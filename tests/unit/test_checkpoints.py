@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from bdense_core import checkpoints
 from bdense_core.branches import with_branches
 from bdense_core.checkpoints import import_edm, load_network, save_network
-from bdense_core.edm_pickle import EDMCheckpoint
+from bdense_core.edm import EDMCheckpoint
 from bdense_core.errors import CheckpointError
 from bdense_core.files import HashedFile, sha256_of_file
 from bdense_core.integrity import check_file, read_metadata

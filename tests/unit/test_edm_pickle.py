@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bdense_core.edm_pickle import read_edm_pickle
+from bdense_core.edm import read_edm_pickle
 from bdense_core.errors import CheckpointError, UnsafePickle
 
 # --- an EDM pickle, written by hand ---------------------------------------------------------------------
@@ -168,6 +168,15 @@ def test_source_text_that_defines_the_class_is_dropped_and_not_run(tmp_path):
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_any_other_name_is_refused_by_that_name(tmp_path, name, protocol):
     refused(tmp_path, dumps(network() | {"more": Call(name)}, protocol), name.replace(".", r"\."), UnsafePickle)
+
+
+def test_module_and_name_are_taken_as_they_stand(tmp_path):
+    """A space within the module's name must not turn into the dot before a known name."""
+    refused(tmp_path, b"\x80\x04\x8c\x0dtorch storage\x8c\x10_load_from_bytes\x93.", "torch storage", UnsafePickle)
+
+
+def test_texts_with_odd_escapes_are_refused_without_a_warning(tmp_path):
+    refused(tmp_path, b"S'\\d'\n.", "")
 
 
 def test_a_name_is_refused_inside_a_storage_too(tmp_path):
