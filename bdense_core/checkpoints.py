@@ -61,6 +61,8 @@ def import_edm(source: Path, destination: Path) -> HashedFile:
         UnsafePickle: the pickle names something beyond the parts of an EDM network.
         CheckpointError: it is missing, damaged or incomplete, or the network file cannot be written.
     """
+    if source.suffix == ".safetensors":
+        raise CheckpointError(f"{source} is no pickle; a network of this project needs no import, name it as it is")
     read = read_edm_pickle(source)
     network = _with_state(read.config, read.state, str(source))
     about = {"source": source.name, "source_sha256": read.sha256, "format": f"EDM pickle, {read.class_name}"}

@@ -40,7 +40,9 @@ def read_image(content: bytes, name: str) -> Tensor:
             mode = _CONVERTED.get(opened.mode, opened.mode) if opaque else f"{opened.mode} with transparency"
             pixels = np.array(opened.convert(mode) if mode in _AS_THEY_ARE else opened)
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as cause:
-        raise EvaluationError(f"image {name} is damaged or no PNG, JPEG or WebP ({cause}); replace it") from cause
+        raise EvaluationError(
+            f"image {name} is damaged or no PNG, JPEG or WebP ({type(cause).__name__}); replace it"
+        ) from cause
     if mode not in _AS_THEY_ARE:
         raise EvaluationError(f"image {name} is {mode}; convert it to 8-bit grey or RGB without transparency")
     image = torch.from_numpy(pixels)

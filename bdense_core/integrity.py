@@ -47,7 +47,9 @@ def read_metadata(path: str, entry: str = METADATA) -> dict[str, Any]:
     try:
         with safe_open(path, framework="numpy") as opened:
             content = json.loads((opened.metadata() or {})[entry])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path} is no {_KINDS[entry]} of this project: it says nothing of one") from error
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is no {_KINDS[entry]} of this project: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no {_KINDS[entry]} of this project: its description is no object")

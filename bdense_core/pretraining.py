@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -23,6 +24,8 @@ from bdense_core.task import Progress
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
+SNAPSHOT_EVERY_S = 120.0
+"""Seconds of training that may be lost, whatever `snapshot_every_kimg` says."""
 _PROGRESS_EVERY = 8
 """Iterations between two signs of life, and two looks at the loss."""
 _POSITIVE = ("budget_kimg", "batch", "lr", "warmup_kimg", "snapshot_every_kimg")
@@ -175,18 +178,30 @@ def pretrain(
     if snapshots is not None and (found := snapshots.latest()) is not None:
         training.restore(found)
         log.info("the teacher's training goes on at %.1f of %g kimg", training.kimg, settings.budget_kimg)
-    end = settings.num_iterations
+    end, kept_at = settings.num_iterations, time.monotonic()
     snapshot_every = max(1, round(settings.snapshot_every_kimg * 1000 / settings.batch))
     while training.iteration < end:
         loss = training.step(images, labels)
-        due = snapshots is not None and (training.iteration % snapshot_every == 0 or training.iteration == end)
+        due = snapshots is not None and (
+            training.iteration % snapshot_every == 0
+            or training.iteration == end
+            or time.monotonic() - kept_at > SNAPSHOT_EVERY_S
+        )
         if due or training.iteration % _PROGRESS_EVERY == 1 or training.iteration == end:
             training.check(loss)
         if snapshots is not None and due:
             snapshots.save(training.iteration, *training.state())
+            kept_at = time.monotonic()
         if training.iteration % _PROGRESS_EVERY == 1 or training.iteration == end:
             generators = _generators(training.device)
-            yield Progress(kimg=training.kimg, done=training.iteration / end, phase="teacher", loss=training.last_loss)
+            try:
+                done = training.iteration / end
+                yield Progress(kimg=training.kimg, done=done, phase="teacher", loss=training.last_loss)
+            except GeneratorExit:  # whoever closes the training may want to go on later
+                _set_generators(generators, training.device)
+                if snapshots is not None:
+                    snapshots.save(training.iteration, *training.state())
+                raise
             _set_generators(generators, training.device)
     return training.average
 

@@ -85,7 +85,13 @@ def launch(
     if dry_run:
         from search.plan import plan
 
-        print_values({"study": study.to_dict(), "plan": plan(study, settings)}, form)
+        found = plan(study, settings)
+        missing = found["missing"] if form == "json" else found.pop("missing")
+        print_values({"study": study.to_dict(), "plan": found}, form)
+        if form != "json":
+            click.echo("missing: " + ("nothing" if not missing else ""))
+            for line in missing:
+                click.echo(f"  - {line}")
         return
     outcome = launching.launch(study, settings, with_dashboard=not no_dashboard, dashboard_port=dashboard_port)
     if outcome.interrupted:

@@ -1,6 +1,7 @@
 """What all commands share: how they talk, which settings they read, how they write files."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,20 @@ _WITHOUT_TERMINAL = 160
 """Columns of a table in a file: room for all of it."""
 
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:NUMBER.")
+threads_option = click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="CPU threads; more help only on cores that nothing else uses.",
+    callback=lambda _context, _option, number: use_threads(number),
+    expose_value=False,
+)
+
+
+def use_threads(number: int) -> None:
+    """How many threads torch and the linear algebra take; before they are loaded, since they read it once."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, number))
 
 
 def format_option(*choices: str) -> Callable[[Any], Any]:
@@ -57,7 +72,7 @@ def yaml_text(content: dict[str, Any]) -> str:
     """YAML in the order of the content."""
     import yaml
 
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
     return text
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import re
 import shutil
 import time
@@ -102,6 +103,7 @@ class _Part:
 
 
 def _session() -> requests.Session:
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # of each try: the end is told in one line
     retry = Retry(
         total=_TRIES,
         backoff_factor=BACKOFF_S,

@@ -177,7 +177,10 @@ class _Job:
             digest = sha256_of_file(raw)
             self._accept(role, source, digest)
         else:
-            raise FetchError(f"{source.name} is not in the folder of --from; get it from {source.url(self.base_url)}")
+            absent = [
+                known.url(self.base_url) for role, known in self.entry.sources().items() if role not in self.local
+            ]
+            raise FetchError(f"the folder of --from lacks what is published as {', '.join(absent)}; put it there")
         self.say(f"{source.name}: sha256 {digest}")
         size = raw.stat().st_size
         remove = self.local is None and raw != path

@@ -11,28 +11,32 @@ from torch import Tensor
 from bdense_core import data, seeds
 from bdense_core.checkpoints import load_network
 from bdense_core.devices import check_device, place
-from bdense_core.errors import BadValue, BDenseError
+from bdense_core.errors import BadValue, BDenseError, CheckpointError
 from bdense_core.evaluation import Metric, reference_statistics
 from bdense_core.features import load_features
-from bdense_core.files import HashedFile, sha256_of_file, write_atomically
+from bdense_core.files import write_atomically
 from bdense_core.images import write_grid, write_pngs
 from bdense_core.networks import Denoiser
 from bdense_core.sampling import Sampler, draw, sampler_of, teacher_sampler
 from bdense_core.task import Evaluation
-from search.model_files import check_reference, features_name, find
+from search.model_files import check_reference, features_name, find, is_teacher
 from search.progress import Meter
 
+_READABLE = 32
+"""Pixels of an image in a grid, at least."""
 _SAMPLES = 50_000
 """As everybody's FID."""
 
 
 def draw_samples(
-    path: Path,
+    source: str,
     output: Path,
     *,
     count: int,
     seed: int,
+    models: Path | None = None,
     columns: int | None = None,
+    scale: int | None = None,
     label: int | None = None,
     solver: str | None = None,
     steps: int | None = None,
@@ -42,7 +46,7 @@ def draw_samples(
     device: str = "cpu",
 ) -> int:
     """Write images of a network as a grid, and on request one by one and as an array; returns the NFE."""
-    network, sampler = _opened(path, solver, steps, device)
+    network, sampler = _opened(source, models, solver, steps, device)
     parts: list[Tensor] = []
     for images in draw(network, sampler, count=count, seed=seed, label=label, batch=batch):
         if png is not None:
@@ -53,7 +57,9 @@ def draw_samples(
     if npz is not None:
         pixels = images.permute(0, 2, 3, 1).numpy()
         _write_npz(npz, pixels)
-    write_grid(images, output, columns or math.ceil(math.sqrt(count)))
+    scale = scale or max(1, _READABLE // images.shape[-1])
+    large = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    write_grid(large, output, columns or math.ceil(math.sqrt(count)))
     return sampler.nfe
 
 
@@ -81,7 +87,7 @@ def score(
     files = [find(features, "features", folder=Path(), models=models)]
     files.append(find(reference, "reference", folder=Path(), models=models))
     check_reference(*files)
-    is_network = source.endswith(".safetensors")
+    is_network = source.endswith(".safetensors") or is_teacher(source, models)
     if is_network:
         count = count or _SAMPLES
     else:
@@ -96,7 +102,7 @@ def score(
     )  # fmt: skip
     metric = Metric(evaluation, str(check_device(device)))
     if is_network:
-        network, sampler = _opened(Path(source), solver, steps, device)
+        network, sampler = _opened(source, models, solver, steps, device)
         config = network.config
         shape = (config.img_channels, config.img_resolution, config.img_resolution)
         with Meter(evaluation.protocol.metric, images=count) as meter:
@@ -110,19 +116,21 @@ def score(
     return {"metric": name, "value": value, **about, "source": source, "protocol": evaluation.protocol.to_dict()}
 
 
-def _opened(path: Path, solver: str | None, steps: int | None, device: str) -> tuple[Denoiser, Sampler]:
+def _opened(
+    source: str, models: Path | None, solver: str | None, steps: int | None, device: str
+) -> tuple[Denoiser, Sampler]:
     """A network on its device, and how it makes images.
 
     Raises:
         BadValue: a solver for a student, which has its own.
+        CheckpointError: it cannot be read.
     """
-    try:
-        file = HashedFile(path=str(path), sha256=sha256_of_file(path))
-    except OSError as error:
-        raise BadValue(f"cannot read the network {path}: {error.strerror or error}") from error
-    own = sampler_of(str(path))
+    if Path(source).suffix == ".pkl":
+        raise CheckpointError(f"{source} is a pickle; make it a teacher with: bdense-weights import-teacher {source}")
+    file = find(source, "teacher", folder=Path(), models=models)
+    own = sampler_of(file.path)
     if own is not None and (solver or steps):
-        raise BadValue(f"{path} is a student for NFE {own.nfe}; leave --solver and --steps out")
+        raise BadValue(f"{source} is a student for NFE {own.nfe}; leave --solver and --steps out")
     network = place(load_network(file), check_device(device))
     return network, own or teacher_sampler(solver or "dpmpp", steps or 12)
 

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import click
 
+from bdense_core import assets
 from bdense_core.errors import BadValue
-from search.console import device_option, format_option, load_settings, print_values, say
+from bdense_core.protocol import INCEPTION
+from search.catalogue import CATALOGUE, entry
+from search.console import device_option, format_option, load_settings, print_values, say, threads_option
 
 _path = click.Path(path_type=Path)
 dataset_option = click.option(
@@ -44,6 +47,8 @@ def fetch_teacher(name: str, source: Path | None, pins: tuple[str, ...], base_ur
 
     settings = load_settings()
     settings.create(settings.models)
+    if source is None:
+        say("from " + ", ".join(source.url(base_url) for source in entry(name).sources().values()))
     with Downloads() as downloads:
         fetched = fetch(
             name,
@@ -80,6 +85,7 @@ def import_features(file: Path, name: str | None, form: str) -> None:
 @click.option("--features", required=True, help="A feature network's name or file.")
 @click.option("--name", required=True, metavar="NAME", help="What study files call it.")
 @device_option
+@threads_option
 @format_option("yaml", "json")
 def reference(
     dataset: str | None,
@@ -115,6 +121,7 @@ def reference(
 @click.option("--flip", is_flag=True, help="Mirror images at random.")
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @device_option
+@threads_option
 @format_option("yaml", "json")
 def train_teacher(
     dataset: str,
@@ -131,6 +138,8 @@ def train_teacher(
     form: str,
 ) -> None:
     """Train a teacher as EDM does; run it again after an interruption, and it goes on."""
+    if channels % (4 if channels <= 128 else 32):
+        raise BadValue(f"--channels is {channels}; give a multiple of 4, above 128 one of 32")
     from bdense_core.pretraining import Pretraining
     from search.training import train
 
@@ -155,6 +164,8 @@ def _target(name: str, file: str) -> Path:
     settings = load_settings()
     if Path(name).name != name or name.startswith("."):
         raise BadValue(f"--name is {name!r}; give a plain name without slashes, such as my-teacher")
+    if name in {*CATALOGUE, INCEPTION, *(asset.partition("/")[0] for asset in assets.names())}:
+        raise BadValue(f"the name {name!r} stands for a shipped or published model; choose another --name")
     target = settings.create(settings.models) / name / file
     if target.exists():
         raise BadValue(f"there is already {target}; choose another --name, or delete it")

@@ -1,5 +1,6 @@
 """From the names in a study file to files known by their hash: shipped, in the models folder, or a path."""
 
+import difflib
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,11 @@ _FILES: dict[Role, tuple[str, ...]] = {
     "reference": ("reference.safetensors",),
 }
 """What a name's folder among the models holds for each role."""
+_MADE_BY: dict[Role, str] = {
+    "teacher": "bdense-weights train-teacher --dataset DATA --name {name} (or import-teacher FILE.pkl --name {name})",
+    "features": "bdense-weights import-features FILE.safetensors --name {name}",
+    "reference": "bdense-weights reference --dataset DATA --features FEATURES --name {name}",
+}
 _CALLED: dict[Role, str] = {"teacher": "teacher", "features": "feature network", "reference": "reference"}
 
 
@@ -43,6 +49,11 @@ def find(name: str, role: Role, *, folder: Path, models: Path | None) -> HashedF
         raise MissingFile(
             f"there is no {_CALLED[role]} {name!r}: {_advice(name, role, path, error, models)}"
         ) from error
+
+
+def is_teacher(name: str, models: Path) -> bool:
+    """Whether a teacher goes by that name; data sets may go by it too, and then the data is meant."""
+    return _is_plain(name) and (models / name / "teacher.safetensors").is_file() and not Path(name).exists()
 
 
 def features_name(file: HashedFile) -> str:
@@ -87,7 +98,8 @@ def _advice(name: str, role: Role, path: Path, error: OSError, models: Path | No
         return f"it comes with any of: bdense-weights fetch-teacher {'|'.join(CATALOGUE)}"
     shipped = {asset.partition("/")[0] for asset in assets.names() if asset.endswith(f"/{role}.safetensors")}
     own = {p.parent.name for file in _FILES[role] for p in models.glob(f"*/{file}")} if models else set()
-    return (
-        f"{path} cannot be read ({error.strerror or error}); known by name: {', '.join(sorted(shipped | own))}; "
-        f"to be fetched: {', '.join(CATALOGUE)}"
-    )
+    near = difflib.get_close_matches(name, shipped | own, n=1)
+    known = f"known by name: {', '.join(sorted(shipped | own))}" + (f"; did you mean {near[0]}?" if near else "")
+    if _is_plain(name) and not Path(name).suffix:
+        return f"make it with: {_MADE_BY[role].format(name=name)}; {known}"
+    return f"{path} cannot be read ({error.strerror or error}); {known}"

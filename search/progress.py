@@ -1,9 +1,11 @@
 """Live progress on stderr: a display on a terminal, plain lines elsewhere."""
 
+import contextlib
+import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -178,10 +180,11 @@ class Meter:
     Args:
         metric: what the scores are called.
         images: that the whole run sees.
+        resumes: whether there is a state to go on from.
     """
 
-    def __init__(self, metric: str, *, images: float, console: Console | None = None) -> None:
-        self._metric, self._images = metric, images
+    def __init__(self, metric: str, *, images: float, resumes: bool = False, console: Console | None = None) -> None:
+        self._metric, self._images, self._resumes = metric, images, resumes
         self._console = console or Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>4.0f} %"))
         self._bars = Bars(*columns, TimeRemainingColumn(), console=self._console, transient=True)
@@ -197,14 +200,23 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def watch(self, events: Iterable[AnyEvent]) -> Iterator[AnyEvent]:
-        """The same events, told to the person as they pass."""
-        for event in events:
-            if isinstance(event, Score):
-                self._say(f"{self._metric} {event.value:.4g} at {event.kimg} kimg")
-            else:
-                self._show(event)
-            yield event
+    def watch(self, events: Generator[AnyEvent, None, Any]) -> Iterator[AnyEvent]:
+        """The same events, told to the person as they pass. The first Ctrl-C closes the run, which keeps its state.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        with _interrupts() as asked:
+            for event in events:
+                if isinstance(event, Score):
+                    self._say(f"{self._metric} {event.value:.4g} at {event.kimg} kimg")
+                else:
+                    self._show(event)
+                yield event
+                if asked:
+                    events.close()
+                    self._say(f"stopped at {event.kimg:g} kimg; the same command goes on from there")
+                    raise KeyboardInterrupt
 
     def count(self, images: Generator[int, None, float]) -> float:
         """The result of a generator that yields how many images it has seen."""
@@ -219,18 +231,35 @@ class Meter:
         now = time.monotonic()
         if self._begin is None:
             self._begin = (now, event.kimg)
+            if self._resumes and event.done < 1:
+                self._say(f"going on from {event.kimg:g} kimg")
         since, kimg = self._begin
         rate = (event.kimg - kimg) * 1000 / max(now - since, 1e-9)
         loss = "" if event.loss is None else f", loss {event.loss:.4g}"
-        text = f"{event.phase}: {event.kimg:.1f} kimg{loss}, {rate:.0f} images/s"
+        text = f"{event.kimg:.1f} kimg ({event.phase}){loss}, {rate:.0f} images/s"
         self._bars.update(self._bar, completed=event.done, description=text)
-        if not self._console.is_terminal and now - self._said > _LINE_EVERY_S:
+        if not self._console.is_terminal and now - self._said > _LINE_EVERY_S and rate > 0:
             self._said = now
-            left = (1 - event.done) * self._images / rate if rate > 0 else None
-            self._say(f"{text}, {'time left not known yet' if left is None else f'about {_clock(left)} left'}")
+            self._say(f"{text}, about {_clock((1 - event.done) * self._images / rate)} left")
 
     def _say(self, text: str) -> None:
         self._console.print(Text(text))
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C puts something into; a second one interrupts as usual."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Downloads:

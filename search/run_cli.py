@@ -1,12 +1,22 @@
 """Commands for one network at a time, without a study: distil it, sample from it, score it."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from bdense_core.errors import BadValue
-from search.console import check_folder, device_option, format_option, load_settings, print_values, say
+from search.console import (
+    check_folder,
+    device_option,
+    format_option,
+    load_settings,
+    print_values,
+    say,
+    threads_option,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from bdense_core.weights import Weights
@@ -40,12 +50,14 @@ def distill(
     form: str,
 ) -> None:
     """Run one distillation of a study file, without a database; again after an interruption, and it goes on."""
-    from search.single import distill as run
     from search.study_file import load_study
 
     settings = load_settings()
     study = load_study(file, overrides=overrides, models=settings.models)
     chosen = _weights(study, a, b, weights, control)
+    use_threads(int(study.spec.resources.cpus))
+    from search.single import distill as run
+
     result = run(study, chosen, settings, output=output, seed=seed, device=device)
     if form == "yaml":
         result = {key: result[key] for key in ("metric", "value", "scores", "shares", "seed", "nfe", "last_session_s")}
@@ -54,10 +66,11 @@ def distill(
 
 
 @click.command()
-@click.argument("network", metavar="NETWORK.safetensors", type=_path)
+@click.argument("network", metavar="NETWORK")
 @click.option("--output", required=True, type=_file, help="A PNG: a grid of images.")
 @click.option("--count", "-n", default=64, show_default=True, type=click.IntRange(min=1), help="Images.")
 @click.option("--columns", type=click.IntRange(min=1), help="Of the grid; default: as square as it gets.")
+@click.option("--scale", type=click.IntRange(min=1), help="Of the grid; default: 32 pixels an image or more.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise; that of an evaluation gives its images.")
 @click.option("--label", type=int, help="One class for all images.")
 @click.option("--solver", help="For a teacher: euler, heun, dpm2, ipndm, deis_tab or dpmpp (the default).")
@@ -66,11 +79,13 @@ def distill(
 @click.option("--npz", type=_file, help="A file for all images as an array too.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1))
 @device_option
+@threads_option
 def sample(
-    network: Path,
+    network: str,
     output: Path,
     count: int,
     columns: int | None,
+    scale: int | None,
     seed: int,
     label: int | None,
     solver: str | None,
@@ -80,15 +95,17 @@ def sample(
     batch: int,
     device: str,
 ) -> None:
-    """Draw images from a student or a teacher."""
+    """Draw images from a student or a teacher: a file, or the name of a teacher."""
     from search.judging import draw_samples
 
+    if output.suffix.lower() != ".png":
+        raise BadValue(f"--output is {output}; the grid is a PNG, so name it {output.with_suffix('.png')}")
     for target in (output, npz):
         if target is not None:
             check_folder(target)
     nfe = draw_samples(
-        network, output, count=count, columns=columns, seed=seed, label=label, solver=solver, steps=steps, png=png,
-        npz=npz, batch=batch, device=device,
+        network, output, models=load_settings().models, count=count, columns=columns, scale=scale, seed=seed,
+        label=label, solver=solver, steps=steps, png=png, npz=npz, batch=batch, device=device,
     )  # fmt: skip
     say(f"wrote {output}: {count} images at NFE {nfe}")
 
@@ -103,6 +120,7 @@ def sample(
 @click.option("--steps", type=click.IntRange(min=1), help="For a teacher: steps of the solver; default 12.")
 @click.option("--batch", default=500, show_default=True, type=click.IntRange(min=1))
 @device_option
+@threads_option
 @format_option("yaml", "json")
 def fid(
     source: str,
@@ -148,8 +166,10 @@ def _weights(study: "Study", a: float | None, b: float | None, weights: str | No
             raise BadValue(f"there is no control {control!r}; known are {', '.join(controls)}")
         return controls[control]
     if a is not None and b is not None:
+        if not (math.isfinite(a) and math.isfinite(b)):
+            raise BadValue(f"--a and --b must be finite numbers, got {a:g} and {b:g}")
         if b < MIN_INTERCEPT:
-            raise BadValue(f"--b is {b:g}; smaller weights than {MIN_INTERCEPT:g} allows vanish in half precision")
+            raise BadValue(f"--b is {b:g}, below the paper's limit of {MIN_INTERCEPT:g}; give more")
         return log_linear(a, b, num_branches, index_origin=study.spec.space.index_origin)
     try:
         numbers = tuple(float(part) for part in (weights or "").split(","))

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bdense_core.devices import check_device
 from bdense_core.errors import BadValue, BDenseError
 from bdense_core.files import sha256_of_file, write_text_atomically
@@ -19,6 +21,7 @@ from search.settings import Settings
 from search.spec import Study, identity_of
 from search.version import PACKAGES, code_version, package_version
 
+_OURS = {"student.safetensors", "samples.png", "result.json", "snapshots"}
 _SHOWN = 64
 """Images in the grid that comes with a result."""
 
@@ -40,6 +43,7 @@ def distill(
         snapshots=str(output / "snapshots"),
         output=str(output / "student.safetensors"),
     )
+    _check_output(output)
     asked = {
         "study": identity_of(study.to_dict()),
         "weights": list(weights),
@@ -51,7 +55,9 @@ def distill(
     check_device(task.device)
     preflight(study, settings)
     begin = time.monotonic()
-    with Meter(study.metric, images=study.spec.method.budget_kimg * 1000) as meter:
+    torch.set_num_threads(max(1, int(study.spec.resources.cpus)))  # as a trial of the study: the same value
+    resumes = any((output / "snapshots").glob("snapshot-*"))
+    with Meter(study.metric, images=study.spec.method.budget_kimg * 1000, resumes=resumes) as meter:
         events = meter.watch(study.spec.method.run(task))
         scores = [(event.kimg, event.value) for event in events if isinstance(event, Score)]
     assert task.output is not None and study.evaluation is not None
@@ -72,12 +78,22 @@ def distill(
         "packages": {name: package_version(name) for name in PACKAGES},
         "asked": asked,
     }
-    draw_samples(
-        Path(task.output), output / "samples.png", count=_SHOWN, seed=study.evaluation.seed, device=task.device
-    )
+    draw_samples(task.output, output / "samples.png", count=_SHOWN, seed=study.evaluation.seed, device=task.device)
     write_text_atomically(output / "result.json", json.dumps(result, indent=2) + "\n")
     shutil.rmtree(output / "snapshots", ignore_errors=True)
     return result
+
+
+def _check_output(output: Path) -> None:
+    """A folder of its own: what else is in it would be mixed with the result.
+
+    Raises:
+        BadValue: it is a file, or holds something else.
+    """
+    if output.exists() and not output.is_dir():
+        raise BadValue(f"--output {output} is a file; name a folder, which may not exist yet")
+    if output.is_dir() and (others := sorted({path.name for path in output.iterdir()} - _OURS)):
+        raise BadValue(f"--output {output} holds other things, such as {others[0]}; name a new folder")
 
 
 def _earlier(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:

@@ -121,9 +121,9 @@ def _resolve(spec: StudySpec, folder: Path, models: Path | None, tolerate_missin
         try:
             found[role] = find(name, role, folder=folder, models=models)
         except MissingFile as error:
-            if not tolerate_missing:
-                raise
             missing.append(str(error))
+    if missing and not tolerate_missing:
+        raise MissingFile("; and ".join(missing))
     evaluation = None
     if "features" in found and "reference" in found:
         evaluation = Evaluation(

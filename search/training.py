@@ -2,14 +2,14 @@
 
 import hashlib
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from bdense_core import data
 from bdense_core.checkpoints import save_network
 from bdense_core.devices import check_device
-from bdense_core.errors import BDenseError
+from bdense_core.errors import BadValue, BDenseError
 from bdense_core.evaluation import reference_statistics
 from bdense_core.features import load_features
 from bdense_core.frechet import save_statistics, statistics_from_npz
@@ -36,13 +36,16 @@ def train(
     """
     kind = check_device(device).type
     images, labels = data.load(dataset)
+    if conditional and int(labels.max()) == 0:
+        raise BadValue(f"{dataset} has one class or no labels; leave --conditional out")
     config = preset(images, int(labels.max()) + 1 if conditional else 0, channels)
     digest = hashlib.sha256(data.to_uint8(images).numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     identity = {"images_sha256": digest, "network": config.to_dict(), "settings": settings.to_dict(), "device": kind}
     snapshots = Snapshots(target.parent / "training", identity=identity)
-    with Meter("loss", images=settings.budget_kimg * 1000) as meter:
-        training = _kept(pretrain(images, labels, config, settings, device=device, snapshots=snapshots))
-        for _ in meter.watch(training):
+    resumes = any((target.parent / "training").glob("snapshot-*"))
+    with Meter("loss", images=settings.budget_kimg * 1000, resumes=resumes) as meter:
+        training = _Kept(pretrain(images, labels, config, settings, device=device, snapshots=snapshots))
+        for _ in meter.watch(training.run()):
             pass
     network: Denoiser = training.result
     about = {
@@ -52,7 +55,7 @@ def train(
         "code_version": code_version(),
     }
     made = save_network(network, target.parent / "training" / target.name, about)
-    draw_samples(Path(made.path), target.with_suffix(".png"), count=_SHOWN, seed=0, device=device)
+    draw_samples(made.path, target.with_suffix(".png"), count=_SHOWN, seed=0, device=device)
     Path(made.path).replace(target)  # last: a file of this name ends the matter
     shutil.rmtree(target.parent / "training", ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -60,7 +63,7 @@ def train(
     return found | about
 
 
-class _kept(Iterator[Progress]):  # noqa: N801  (reads as a function)
+class _Kept:
     """A generator that keeps what it returns."""
 
     result: Any = None
@@ -68,12 +71,8 @@ class _kept(Iterator[Progress]):  # noqa: N801  (reads as a function)
     def __init__(self, generator: Generator[Progress, None, Any]) -> None:
         self._generator = generator
 
-    def __next__(self) -> Progress:
-        try:
-            return next(self._generator)
-        except StopIteration as end:
-            self.result = end.value
-            raise
+    def run(self) -> Generator[Progress, None, None]:
+        self.result = yield from self._generator
 
 
 def make_reference(

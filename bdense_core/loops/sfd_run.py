@@ -23,11 +23,13 @@ from bdense_core.precision import HalfDenoiser, Trainee
 from bdense_core.snapshots import Snapshots
 from bdense_core.task import Event, Progress, Score, Task, report_steps
 
+_ALMOST = 1 - 1e-6
+"""How much of a run is behind it until its last score."""
 SNAPSHOT_EVERY_S = 120.0
 """Seconds of training that an interrupted run may lose."""
 
 
-def run(method: SFD, task: Task) -> Iterator[Event]:
+def run(method: SFD, task: Task) -> Generator[Event, None, None]:
     """Distil one student; see `Method.run`.
 
     With `Task.snapshots` an interrupted run goes on where its last snapshot is, and ends as an undisturbed one would:
@@ -35,22 +37,30 @@ def run(method: SFD, task: Task) -> Iterator[Event]:
     """
     distillation = Distillation(method, task)
     with distillation.targets as targets:
+        try:
+            yield from distillation.scores()
+            while not distillation.ended or distillation.due:
+                yield from _advance(distillation, targets)
+            distillation.write_student()
+        except GeneratorExit:  # whoever closes the run may want to go on later
+            distillation.keep()
+            raise
+
+
+def _advance(distillation: "Distillation", targets: Targets) -> Iterator[Event]:
+    """A score if one is due, else an iteration."""
+    if distillation.due:
+        yield from distillation.score()
         if distillation.ended:
             distillation.write_student()
-        yield from distillation.scores()
-        while not distillation.ended:
-            for _ in targets.fill(distillation.iteration):
-                yield distillation.progress("teacher cache")
-            distillation.train(targets.batch(distillation.iteration))
-            if distillation.due:
-                yield from distillation.score()
-                if distillation.ended:
-                    distillation.write_student()
-                distillation.keep()
-                yield distillation.scores()[-1]
-            else:
-                distillation.keep(unless_within_s=SNAPSHOT_EVERY_S)
-                yield distillation.progress("train")
+        distillation.keep()
+        yield distillation.scores()[-1]
+        return
+    for _ in targets.fill(distillation.iteration):
+        yield distillation.progress("teacher cache")
+    distillation.train(targets.batch(distillation.iteration))
+    distillation.keep(unless_within_s=SNAPSHOT_EVERY_S)
+    yield distillation.progress("train")
 
 
 class Distillation:
@@ -93,10 +103,10 @@ class Distillation:
     @property
     def due(self) -> bool:
         """Whether a score is to come now: a large batch may pass several steps at once."""
-        return bool(self._passed()) or self.ended
+        return bool(self._passed()) or (self.ended and (not self._scores or self._scores[-1][2] < 1))
 
     def progress(self, phase: str) -> Progress:
-        return Progress(kimg=self.images / 1000, done=self.done, phase=phase, loss=self._last_finite)
+        return Progress(kimg=self.images / 1000, done=min(self.done, _ALMOST), phase=phase, loss=self._last_finite)
 
     def scores(self) -> list[Score]:
         """All so far."""
@@ -141,7 +151,7 @@ class Distillation:
             except StopIteration as end:
                 value: float = end.value
                 break
-            yield Progress(kimg=self.images / 1000, done=min(self.done, 1 - 1e-6), phase="evaluation")
+            yield self.progress("evaluation")
         self._trainee.network.train()
         self._trainee.student.train()
         self._scores.append((step, value, self.done))

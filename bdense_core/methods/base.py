@@ -3,7 +3,7 @@
 All methods are: frozen teacher -> non-negative weights on named loss terms -> student -> sampler -> distance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from bdense_core.task import Event, Task
@@ -49,7 +49,7 @@ class Method(Protocol):
             image_values: channels times pixels of an image.
         """
 
-    def run(self, task: Task) -> Iterator[Event]:
+    def run(self, task: Task) -> Generator[Event, None, None]:
         """Distil one student and score it as it trains; the last event is a `Score` at the whole budget.
 
         Raises:

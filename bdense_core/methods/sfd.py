@@ -3,7 +3,7 @@
 The loop itself is in `bdense_core/loops/sfd_run.py`, so that reading a study file needs no torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,7 +119,7 @@ class SFD:
         """The teacher's state at each branch time of the trained intervals."""
         return float(self.nfe * self.num_branches * image_values * (2 if self.targets == "float16" else 4))
 
-    def run(self, task: Task) -> Iterator[Event]:
+    def run(self, task: Task) -> Generator[Event, None, None]:
         from bdense_core.loops import sfd_run
 
         return sfd_run.run(self, task)

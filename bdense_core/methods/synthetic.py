@@ -11,7 +11,7 @@ approached from above as the run goes on.
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -72,7 +72,7 @@ class Synthetic:
         """The score without noise."""
         return self.optimum + self.curvature * (shares(weights)[-1] - self.best_share) ** 2
 
-    def run(self, task: Task) -> Iterator[Event]:
+    def run(self, task: Task) -> Generator[Event, None, None]:
         text = f"{task.seed}/{shares(task.weights)}".encode()
         uniform_number = (int.from_bytes(hashlib.sha256(text).digest()[:6], "big") + 0.5) / 2**48
         result = self.truth(task.weights) + self.noise * NormalDist().inv_cdf(uniform_number)

@@ -3,6 +3,7 @@
 import json
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from bdense_core import assets
 from bdense_core.files import sha256_of_file
 from tests import cifar10
 from tests.complaints import complains
+
+WEIGHTS = Path(sys.executable).parent / "bdense-weights"
 
 pytestmark = pytest.mark.e2e
 
@@ -47,7 +50,7 @@ def test_one_distillation_leaves_a_student_its_samples_and_its_scores(someone, d
     assert distilled["shares"][-1] == pytest.approx(0.753, abs=1e-3)
     assert (distilled["metric"], distilled["protocol"]["n_samples"]) == ("fd-digits", 200)
     with Image.open(folder / "samples.png") as image:
-        assert image.size == (64, 64)
+        assert image.size == (8 * 32, 8 * 32), "an image of 8 pixels is shown four times as large"
         assert np.asarray(image).std() > 20, "digits are neither black nor grey"
 
 
@@ -71,8 +74,8 @@ def test_the_written_student_scores_what_its_run_said(someone, distilled) -> Non
 def test_samples_are_a_grid_single_images_and_an_array_of_the_same_pixels(someone, distilled) -> None:
     folder = someone.home.parent
     done = someone.weights(
-        "sample", "run/student.safetensors", "--output", "grid.png", "-n", "6", "--columns", "3", "--png", "single",
-        "--npz", "all.npz", "--seed", "1000",
+        "sample", "run/student.safetensors", "--output", "grid.png", "-n", "6", "--columns", "3", "--scale", "1",
+        "--png", "single", "--npz", "all.npz", "--seed", "1000",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "NFE 2" in done.stderr
@@ -92,10 +95,25 @@ def test_a_teacher_is_sampled_with_a_solver_of_choice(someone) -> None:
     assert "NFE 10" in done.stderr
 
 
+def test_ctrl_c_keeps_the_state_and_says_so(someone) -> None:
+    """Long before the first snapshot by the clock."""
+    command = ("train-teacher", "--dataset", "digits", "--name", "kept", "--channels", "8", "--kimg", "12")
+    running = someone.start(str(WEIGHTS), *command, "--batch", "32")
+    running.wait_for(lambda lines: any("images/s" in line for line in lines))
+    running.interrupt()
+    assert running.wait() == 130
+    assert any("the same command goes on from there" in line for line in running.lines), running.lines
+    again = someone.weights(*command, "--batch", "32")
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    folder = someone.home / "models" / "kept"
+    assert sorted(path.name for path in folder.iterdir()) == ["teacher.png", "teacher.safetensors"]
+    shown = someone.weights("sample", "kept", "--output", "kept.png", "-n", "4")
+    assert shown.returncode == 0, shown.stderr
+
+
 def test_a_killed_distillation_goes_on_and_ends_as_an_undisturbed_one(someone, distilled) -> None:
     command = ("distill", "digits", "--a", "1.386", "--b", "-4.274", "--output", "killed", *QUICK)
-    from tests.e2e.conftest import WEIGHTS
-
     running = someone.start(str(WEIGHTS), *command)
     running.wait_for(lambda lines: any("at 1 kimg" in line for line in lines))
     running.process.send_signal(signal.SIGKILL)
@@ -155,6 +173,8 @@ def test_a_dry_run_of_the_papers_study_says_what_it_costs_and_what_is_missing(ne
     assert plan["compute"]["gpu_hours"] > 10
     missing = "\n".join(plan["missing"])
     assert missing.count("bdense-weights fetch-teacher cifar10") == 3
+    shown = newcomer.launch("cifar10-nfe2.yaml", "--dry-run").stdout
+    assert "  - there is no teacher 'cifar10': get it with: bdense-weights fetch-teacher cifar10\n" in shown
     assert "no teacher 'cifar10'" in missing
     assert "GPU" in missing
     assert not newcomer.home.exists()
@@ -222,7 +242,10 @@ def test_a_teacher_that_is_not_what_it_says_is_refused_with_the_place(someone, t
     ("arguments", "code", "words"),
     [
         (("sample", TEACHER, "--output", "x.png", "--label", "3"), 2, ("label 3 is unknown", "no labels")),
-        (("sample", "nothing.safetensors", "--output", "x.png"), 2, ("cannot read", "nothing.safetensors")),
+        (("sample", "nothing.safetensors", "--output", "x.png"), 1, ("cannot be read", "nothing.safetensors")),
+        (("sample", "nothing", "--output", "x.png"), 1, ("no teacher 'nothing'", "train-teacher", "digits")),
+        (("sample", "digits", "--output", "x.jpg"), 2, ("x.jpg", "x.png")),
+        (("sample", "edm.pkl", "--output", "x.png"), 1, ("edm.pkl", "import-teacher")),
         (("sample", TEACHER, "--output", "x.png", "--solver", "hoin"), 2, ("hoin", "heun")),
         (("sample", TEACHER, "--output", "no/folder/x.png"), 1, ("no folder",)),
         (("sample", TEACHER, "--output", "x.png", "--device", "cuda:7"), 2, ("cuda:7", "GPU")),
@@ -233,6 +256,11 @@ def test_a_teacher_that_is_not_what_it_says_is_refused_with_the_place(someone, t
         (("distill", "digits", "--weights", "1,2", "--output", "o"), 2, ("2 numbers", "4 branches")),
         (("distill", "digits", "--control", "best", "--output", "o"), 2, ("best", "endpoint_only")),
         (("distill", "synthetic", "--control", "uniform", "--output", "o"), 2, ("trains no network",)),
+        (("distill", "digits", "--a", "nan", "--b", "0", "--output", "o"), 2, ("finite",)),
+        (("distill", "digits", "--control", "uniform", "--output", TEACHER), 2, ("is a file",)),
+        (("import-teacher", TEACHER, "--name", "mine"), 1, ("no pickle",)),
+        (("import-teacher", "nothing.pkl", "--name", "digits"), 2, ("'digits'", "choose another --name")),
+        (("train-teacher", "--dataset", "digits", "--name", "mine", "--channels", "6"), 2, ("--channels is 6",)),
         (("import-teacher", "nothing.pkl"), 1, ("nothing.pkl",)),
         (("import-features", TEACHER, "--name", "mine"), 1, ("teacher.safetensors",)),
         (("train-teacher", "--dataset", "digit", "--name", "mine"), 2, ("digit",)),

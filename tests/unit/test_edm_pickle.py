@@ -176,7 +176,7 @@ def test_module_and_name_are_taken_as_they_stand(tmp_path):
 
 
 def test_texts_with_odd_escapes_are_refused_without_a_warning(tmp_path):
-    refused(tmp_path, b"S'\\d'\n.", "")
+    refused(tmp_path, b"S'\\d'\n.", "no EDM checkpoint")
 
 
 def test_a_name_is_refused_inside_a_storage_too(tmp_path):

@@ -1,5 +1,6 @@
 """Training of a teacher: the loss of EDM, that a seed fixes the result, and that an interruption changes nothing."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -140,6 +141,25 @@ def test_about_half_of_the_images_are_mirrored_and_nothing_else_is_done_to_them(
 # --- interruptions --------------------------------------------------------------------------------------
 
 
+def killed(training):
+    """The end of a process: nothing is kept on the way out."""
+    with contextlib.suppress(ZeroDivisionError):
+        training.throw(ZeroDivisionError())
+
+
+def test_a_closed_training_goes_on_from_the_very_iteration(tmp_path):
+    """Ctrl-C closes a training, and whoever does may have used torch's generators in between."""
+    whole = train(WITH_DROPOUT, TINY)
+    training = pretrain(*digits(), WITH_DROPOUT, TINY, snapshots=Snapshots(tmp_path, identity={}))
+    next(training)
+    next(training)
+    torch.rand(3)
+    training.close()
+    assert Snapshots(tmp_path, identity={}).latest().step == 9
+    network, _ = finish(pretrain(*digits(), WITH_DROPOUT, TINY, snapshots=Snapshots(tmp_path, identity={})))
+    assert same(network, whole)
+
+
 @pytest.mark.parametrize("config", [NETWORK, WITH_DROPOUT], ids=["plain", "dropout and labels"])
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, config):
     """Broken off in iteration 1, 17, 33 and 49, each time going on from the last of the snapshots 12, 24 and 48."""
@@ -149,7 +169,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, config):
         training = pretrain(*digits(), config, settings, snapshots=Snapshots(tmp_path, identity={}))
         for _ in range(broken_off_after):
             next(training)
-        training.close()
+        killed(training)
         torch.rand(5)
     assert Snapshots(tmp_path, identity={}).latest().step == 48
     network, events = finish(pretrain(*digits(), config, settings, snapshots=Snapshots(tmp_path, identity={})))
@@ -163,7 +183,7 @@ def test_wherever_it_is_broken_off(tmp_path, events):
     training = pretrain(*digits(), WITH_DROPOUT, TINY, snapshots=Snapshots(tmp_path, identity={}))
     for _ in range(events):
         next(training)
-    training.close()
+    killed(training)
     resumed = train(WITH_DROPOUT, TINY, snapshots=Snapshots(tmp_path, identity={}))
     assert same(resumed, train(WITH_DROPOUT, TINY))
 

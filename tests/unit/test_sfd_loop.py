@@ -455,6 +455,19 @@ def test_a_run_that_is_broken_off_ends_as_an_undisturbed_one_bit_for_bit(
     assert scores(LONG, resumable) == expected, "an ended run is only told again"
 
 
+def test_a_run_closed_while_it_is_scored_scores_that_iteration_when_it_goes_on(task, tmp_path):
+    """Whoever closes a run in the middle of a score keeps its state; the score is not lost, nor taken too late."""
+    task = replace(task, weights=LONG_WEIGHTS)
+    expected = scores(LONG, task)
+    resumable = replace(task, snapshots=str(tmp_path / "run"))
+    begun = LONG.run(resumable)
+    next(event for event in begun if isinstance(event, Progress) and event.phase == "evaluation")
+    begun.close()
+    events = list(LONG.run(resumable))
+    assert [event for event in events if isinstance(event, Score)] == expected
+    assert next(event.phase for event in events) == "evaluation"
+
+
 def test_a_snapshot_of_other_weights_is_refused_with_what_differs(task, tmp_path, each_iteration_kept):
     kept = replace(task, snapshots=str(tmp_path / "run"))
     scores(METHOD, kept)
