@@ -32,8 +32,8 @@ TARGETS = "sfd/3"
 """Changes with whatever makes targets differ that their identity does not name."""
 SHARD_ROWS = 256
 """Trajectories in one file."""
-_AT_ONCE = {"cuda": 256, "cpu": 32}
-"""Trajectories that the teacher walks at once: enough to fill the device, few enough for signs of life."""
+_FEW, _SMALL = 32, 1_000_000
+"""Trajectories that a teacher with more parameters than this walks at once on a CPU: signs of life must come."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Targets:
         Raises:
             CheckpointError: the teacher's states are not finite.
         """
-        pieces = range(first, end, _AT_ONCE[self._device.type])
+        pieces = range(first, end, self._at_once)
         for begin, stop in zip(pieces, (*pieces[1:], end), strict=True):
             noise = latents(self._seed, begin, stop, self._shape).to(self._device)
             labels = uniform_labels(self._seed, begin, stop, self._config.label_dim)
@@ -147,6 +147,12 @@ class Targets:
                     f"{stop - 1} of seed {self._seed}); check the file, or its sigma_max and method.sigma_max"
                 )
             yield stored.cpu()
+
+    @property
+    def _at_once(self) -> int:
+        """Trajectories that the teacher walks at once: as many as fill the device, and a rest after each piece."""
+        size = sum(parameter.numel() for parameter in self._teacher.full.parameters())
+        return _FEW if self._device.type == "cpu" and size > _SMALL else SHARD_ROWS
 
     @cached_property
     def _teacher(self) -> HalfDenoiser:
