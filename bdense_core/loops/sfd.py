@@ -8,6 +8,7 @@ Letters: J intervals of the student's grid, K branches, B samples, T teacher ste
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,17 +41,14 @@ def make_grid(method: SFD, *, num_steps: int | None = None, afs: bool = True) ->
     """The grids of SFD: of one schedule, the teacher's with T points for each interval of the student's."""
     n = method.num_steps if num_steps is None else num_steps
 
-    def levels(num_points: int) -> Tensor:
-        grid = sigmas.student_grid(
-            num_points,
-            schedule=method.schedule,
-            sigma_min=method.sigma_min,
-            sigma_max=method.sigma_max,
-            rho=method.rho,
-        )
-        return torch.tensor(grid, dtype=torch.float64)
-
-    student, teacher = levels(n), levels(method.steps_per_interval * (n - 1) + 1)
+    shape: dict[str, Any] = {
+        "schedule": method.schedule,
+        "sigma_min": method.sigma_min,
+        "sigma_max": method.sigma_max,
+        "rho": method.rho,
+    }
+    student = torch.tensor(sigmas.student_grid(n, **shape), dtype=torch.float64)
+    teacher = torch.tensor(sigmas.teacher_grid(n, method.steps_per_interval, **shape), dtype=torch.float64)
     stride = method.steps_per_interval // method.num_branches
     inner = teacher[1:].view(n - 1, method.steps_per_interval)[:, stride - 1 :: stride]
     return Grid(student=student, inner=inner.contiguous(), teacher=teacher, first_trained=int(afs))

@@ -38,10 +38,11 @@ def run(method: SFD, task: Task) -> Generator[Event, None, None]:
     distillation = Distillation(method, task)
     with distillation.targets as targets:
         try:
+            if distillation.ended and not distillation.due:
+                distillation.write_student()  # a run that had ended is told again, and its file may have gone
             yield from distillation.scores()
             while not distillation.ended or distillation.due:
                 yield from _advance(distillation, targets)
-            distillation.write_student()
         except GeneratorExit:  # whoever closes the run may want to go on later
             distillation.keep()
             raise

@@ -452,7 +452,9 @@ def test_a_run_that_is_broken_off_ends_as_an_undisturbed_one_bit_for_bit(
     trained = [event for event in events if isinstance(event, Progress) and event.phase == "train"]
     assert all(event.done >= broken_off_at - 0.13 for event in trained), "it began anew"
     assert sha256_of_file(tmp_path / "resumed.safetensors") == sha256_of_file(tmp_path / "whole.safetensors")
+    (tmp_path / "resumed.safetensors").unlink()
     assert scores(LONG, resumable) == expected, "an ended run is only told again"
+    assert sha256_of_file(tmp_path / "resumed.safetensors") == sha256_of_file(tmp_path / "whole.safetensors")
 
 
 def test_a_run_closed_while_it_is_scored_scores_that_iteration_when_it_goes_on(task, tmp_path):
