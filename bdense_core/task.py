@@ -49,19 +49,35 @@ class Task:
     micro_batch: int | None = None
     """Rows that go through the student at once in training, where a whole batch does not fit; None: all."""
     snapshots: str | None = None
-    """A folder of this run alone that keeps its state, so that an interrupted run is continued; None: none is kept."""
+    """A folder of this run alone that keeps its state, so that an interrupted run is continued; None: none is kept.
+
+    The files are called snapshot-*; those of repeats lie in sub-folders seed-N.
+    """
+    snapshots_required: bool = True
+    """Whether trouble with the snapshots ends the run. If not, it goes on without, and a `Progress.note` says so."""
+    snapshot_every_s: float = 120.0
+    """Seconds of training that an interrupted run may lose."""
     output: str | None = None
     """Where the trained student is written, as an ordinary network; None: nowhere."""
 
 
+RESUMED = "resumed"
+"""The phase of a run that has just found where it was."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """A sign of life: the student has seen `kimg` thousand images; `done` of 1.0 of the run is behind it."""
+    """A sign of life: the student has seen `kimg` thousand images; `done` of 1.0 of the run is behind it.
+
+    A run that goes on from a snapshot begins with one of the phase `RESUMED`.
+    """
 
     kimg: float
     done: float
     phase: str
     loss: float | None = None
+    note: str | None = None
+    """One line for people, said once: something went wrong that does not end the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

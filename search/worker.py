@@ -2,10 +2,13 @@
 
 import logging
 import math
+import os
+import socket
 import time
 import traceback
-from collections.abc import Generator, Iterator
-from dataclasses import asdict
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,7 +17,9 @@ from bdense_core.distill import distill
 from bdense_core.errors import BDenseError, CacheError
 from bdense_core.methods import AnyMethod
 from bdense_core.methods.base import Method
-from bdense_core.task import Progress, Task
+from bdense_core.task import RESUMED, Event, Progress, Task
+from search.checkpoints import LocalState, local_state
+from search.version import source_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +30,51 @@ _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 _METHOD: TypeAdapter[AnyMethod] = TypeAdapter(AnyMethod)
 
 
-def payload(method: Method, task: Task, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """A trial as plain values, for the way to a worker."""
-    return {"method": _METHOD.dump_python(method), "task": asdict(task), "seeds": list(seeds)}  # type: ignore[arg-type]
+def payload(
+    method: Method, task: Task, seeds: tuple[int, ...], *, checkpoint: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """A trial as plain values, for the way to a worker.
+
+    Args:
+        seeds: the task's own, and those of its repeats.
+        checkpoint: where its state is kept, a `Checkpoints.location`; None: nowhere.
+        code: the launcher's `source_fingerprint`, which the worker's must equal; None: any will do.
+    """
+    return {
+        "method": _METHOD.dump_python(method),  # type: ignore[arg-type]
+        "task": asdict(task),
+        "seeds": list(seeds),
+        "checkpoint": checkpoint,
+        "code": code,
+    }
 
 
 def run_trial(description: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
     """Results of one trial: `progress`, `score`, and at the end a `score` or a `failed` that is `done`.
 
-    Whatever goes wrong inside a trial is a result with its reason, so that the worker lives on.
+    Each carries `node` and `pid`. One may carry a `note`, one line for people; the first of a trial that goes on
+    from a checkpoint carries `resumed`, the kimg that were behind it. Whatever goes wrong inside a trial is a result
+    with its reason, so that the worker lives on. Closing it keeps the trial's state.
     """
+    node = socket.gethostname()
+    with closing(_results(description, node)) as results:
+        for result in results:
+            yield {**result, "node": node, "pid": os.getpid()}
+
+
+def _results(description: dict[str, Any], node: str) -> Generator[dict[str, Any], None, None]:
+    theirs = description.get("code")
+    if theirs is not None and theirs != (ours := source_fingerprint()):
+        reason = f"{node} runs version {ours} of this package, the launcher {theirs}; install the same one on all nodes"
+        yield {"event": "failed", "reason": reason, "retry": True, "done": True}
+        return
     try:
         method = _METHOD.validate_python(description["method"])
         task = _TASK.validate_python(description["task"])
-        yield from _events(method, task, tuple(description["seeds"][1:]))
+        with local_state(description.get("checkpoint")) as state:
+            if state.folder is not None:
+                task = replace(task, snapshots=str(state.folder), snapshots_required=False)
+            yield from _events(method, task, tuple(description["seeds"][1:]), state)
     except BDenseError as error:
         retry = isinstance(error, CacheError)  # the machine's fault, not the proposal's
         yield {"event": "failed", "reason": f"{type(error).__name__}: {error}", "retry": retry, "done": True}
@@ -69,20 +105,33 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def _events(method: Method, task: Task, repeats: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def _events(
+    method: Method, task: Task, repeats: tuple[int, ...], state: LocalState
+) -> Generator[dict[str, Any], None, None]:
     spoke = -math.inf
-    for event in distill(method, task, repeats):
-        result: dict[str, Any]
-        if isinstance(event, Progress):
-            if time.monotonic() - spoke < SIGN_OF_LIFE_S:
+    with closing(distill(method, task, repeats)) as events:
+        for event in events:
+            result = _result(event)
+            state.finished = result["done"]
+            notes = [event.note if isinstance(event, Progress) else None, state.follow()]
+            if note := "; ".join(filter(None, notes)):
+                result["note"] = note
+            elif (
+                result["event"] == "progress" and "resumed" not in result and time.monotonic() - spoke < SIGN_OF_LIFE_S
+            ):
                 continue
-            result = {"event": "progress", "phase": event.phase, "loss": event.loss, "done": False}
-        elif not math.isfinite(event.value):
-            reason = f"the metric is {event.value} after {event.kimg} kimg; lower method.lr or change the weights"
-            yield {"event": "failed", "reason": reason, "done": True}
-            return
-        else:
-            final = event.done >= 1
-            result = {"event": "score", "value": event.value, "repeats": list(event.repeats), "done": final}
-        spoke = time.monotonic()
-        yield {**result, "kimg": event.kimg, "fraction": event.done}
+            spoke = time.monotonic()
+            yield result
+            if result["done"]:
+                return
+
+
+def _result(event: Event) -> dict[str, Any]:
+    where = {"kimg": event.kimg, "fraction": event.done}
+    if isinstance(event, Progress):
+        resumed = {"resumed": event.kimg} if event.phase == RESUMED else {}
+        return {"event": "progress", "phase": event.phase, "loss": event.loss, "done": False, **where, **resumed}
+    if not math.isfinite(event.value):
+        reason = f"the metric is {event.value} after {event.kimg} kimg; lower method.lr or change the weights"
+        return {"event": "failed", "reason": reason, "done": True}
+    return {"event": "score", "value": event.value, "repeats": list(event.repeats), "done": event.done >= 1, **where}

@@ -21,12 +21,12 @@ from bdense_core.loops.sfd_targets import TARGETS, Batch, Targets
 from bdense_core.methods.sfd import SFD
 from bdense_core.precision import HalfDenoiser, Trainee
 from bdense_core.snapshots import Snapshots
-from bdense_core.task import Event, Progress, Score, Task, report_steps
+from bdense_core.task import RESUMED, Event, Progress, Score, Task, report_steps
 
 _ALMOST = 1 - 1e-6
 """How much of a run is behind it until its last score."""
-SNAPSHOT_EVERY_S = 120.0
-"""Seconds of training that an interrupted run may lose."""
+STATE = 1
+"""What a snapshot of a run holds, in which form: older ones are not continued once this is raised."""
 
 
 def run(method: SFD, task: Task) -> Generator[Event, None, None]:
@@ -40,6 +40,8 @@ def run(method: SFD, task: Task) -> Generator[Event, None, None]:
         try:
             if distillation.ended and not distillation.due:
                 distillation.write_student()  # a run that had ended is told again, and its file may have gone
+            if distillation.iteration > 0:
+                yield distillation.progress(RESUMED)
             yield from distillation.scores()
             while not distillation.ended or distillation.due:
                 yield from _advance(distillation, targets)
@@ -55,12 +57,13 @@ def _advance(distillation: "Distillation", targets: Targets) -> Iterator[Event]:
         if distillation.ended:
             distillation.write_student()
         distillation.keep()
+        yield distillation.progress("evaluation")
         yield distillation.scores()[-1]
         return
     for _ in targets.fill(distillation.iteration):
         yield distillation.progress("teacher cache")
     distillation.train(targets.batch(distillation.iteration))
-    distillation.keep(unless_within_s=SNAPSHOT_EVERY_S)
+    distillation.keep(unless_within_s=distillation.task.snapshot_every_s)
     yield distillation.progress("train")
 
 
@@ -85,9 +88,9 @@ class Distillation:
         self._steps = report_steps(method.budget_kimg, task.every_kimg)
         self._scores: list[tuple[int, float, float]] = []
         self._last_finite: float | None = None
-        self._snapshots = Snapshots(Path(task.snapshots), identity=identity(method, task)) if task.snapshots else None
-        self._kept_at = time.monotonic()
+        self._snapshots = _snapshots(method, task)
         self._resume()
+        self._kept, self._kept_at = self._position, time.monotonic()
 
     @property
     def done(self) -> float:
@@ -106,8 +109,16 @@ class Distillation:
         """Whether a score is to come now: a large batch may pass several steps at once."""
         return bool(self._passed()) or (self.ended and (not self._scores or self._scores[-1][2] < 1))
 
+    @property
+    def _position(self) -> tuple[int, int]:
+        """What tells a state of this run from another one."""
+        return self.iteration, len(self._scores)
+
     def progress(self, phase: str) -> Progress:
-        return Progress(kimg=self.images / 1000, done=min(self.done, _ALMOST), phase=phase, loss=self._last_finite)
+        """A sign of life, with whatever there is to tell about the snapshots."""
+        note = self._snapshots.take_note() if self._snapshots else None
+        done = min(self.done, _ALMOST)
+        return Progress(kimg=self.images / 1000, done=done, phase=phase, loss=self._last_finite, note=note)
 
     def scores(self) -> list[Score]:
         """All so far."""
@@ -158,11 +169,14 @@ class Distillation:
         self._scores.append((step, value, self.done))
 
     def keep(self, *, unless_within_s: float = 0.0) -> None:
-        """Write a snapshot, unless the last one is younger."""
-        if self._snapshots is None or time.monotonic() - self._kept_at < unless_within_s:
+        """Write a snapshot, unless the last one is younger or of this very state."""
+        if self._snapshots is None or self._kept == self._position:
+            return
+        if time.monotonic() - self._kept_at < unless_within_s:
             return
         values = {"scores": self._scores, "last_finite": self._last_finite, "precision": self._trainee.precision}
-        self._snapshots.save(self.iteration, self._trainee.state(), values)
+        if self._snapshots.save(self.iteration, self._trainee.state(), values):
+            self._kept = self._position
         self._kept_at = time.monotonic()
 
     def write_student(self) -> None:
@@ -209,6 +223,12 @@ class Distillation:
             self._last_finite = loss
 
 
+def _snapshots(method: SFD, task: Task) -> Snapshots | None:
+    if task.snapshots is None:
+        return None
+    return Snapshots(Path(task.snapshots), identity=identity(method, task), required=task.snapshots_required)
+
+
 def identity(method: SFD, task: Task) -> dict[str, Any]:
     """All that a run's state depends on: what a snapshot must agree with to be continued."""
     assert task.teacher is not None and task.evaluation is not None
@@ -222,6 +242,7 @@ def identity(method: SFD, task: Task) -> dict[str, Any]:
         "protocol": evaluation.protocol.to_dict(),
         "evaluation_seed": evaluation.seed,
         "targets": TARGETS,
+        "state": STATE,
         "micro_batch": task.micro_batch,
         "compile": task.compile,
         "device": task.device.partition(":")[0],

@@ -5,19 +5,21 @@ a search finds where the truth is known. The score is
 
     optimum + curvature (p - p*)^2 + noise z(seed, weights),   p = share of the last branch,
 
-approached from above as the run goes on.
+approached from above as the run goes on. With `Task.snapshots` an interrupted run goes on after its last score.
 """
 
 import hashlib
 import math
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
 
 from bdense_core.errors import BadValue
-from bdense_core.task import Event, Progress, Score, Task, report_steps
+from bdense_core.files import sha256_of, write_text_atomically
+from bdense_core.task import RESUMED, Event, Progress, Score, Task, report_steps
 from bdense_core.weights import Weights, endpoint_only, shares, uniform
 
 
@@ -79,8 +81,15 @@ class Synthetic:
         if shares(task.weights)[-1] > self.fail_above_share:
             result = math.nan
         steps = report_steps(self.budget_kimg, task.every_kimg)
+        state = _State(Path(task.snapshots), self, task) if task.snapshots else None
+        behind = state.step() if state else 0
+        if behind:
+            yield Progress(kimg=behind, done=behind / (steps[-1] + 1), phase=RESUMED)
         for step in steps:
-            yield from self._work(step, self.seconds / len(steps), steps[-1])
+            if step > behind:
+                yield from self._work(step, self.seconds / len(steps), steps[-1])
+                if state and (note := state.keep(step)):
+                    yield Progress(kimg=step, done=step / (steps[-1] + 1), phase="train", note=note)
             yield Score(kimg=step, value=result * (1 + 0.2 * (1 - step / steps[-1])), done=step / steps[-1])
 
     def _work(self, step: int, seconds: float, end: int) -> Iterator[Event]:
@@ -88,3 +97,32 @@ class Synthetic:
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, 0.25))
             yield Progress(kimg=step, done=step / (end + 1), phase="train")
+
+
+class _State:
+    """How far a run is, as an empty file that is named by the step and by what the run depends on."""
+
+    def __init__(self, folder: Path, method: Synthetic, task: Task) -> None:
+        self._folder = folder
+        self._run = sha256_of([asdict(method), task.weights, task.seed, task.every_kimg])
+        self._failing = False
+
+    def step(self) -> int:
+        """The last step whose score is known; 0 if there is none."""
+        return max(
+            (int(path.name.split("-")[1]) for path in self._folder.glob(f"snapshot-*-{self._run}.json")), default=0
+        )
+
+    def keep(self, step: int) -> str | None:
+        """Remember a step; a note the first time that this fails."""
+        path = self._folder / f"snapshot-{step:08d}-{self._run}.json"
+        try:
+            write_text_atomically(path, "{}\n")
+            for old in self._folder.glob("snapshot-*.json"):
+                if old.name < path.name:
+                    old.unlink(missing_ok=True)
+        except OSError as error:
+            note = f"the state in {self._folder} cannot be written: {error.strerror}; the run goes on without"
+            self._failing, told = True, self._failing
+            return None if told else note
+        return None

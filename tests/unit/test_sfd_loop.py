@@ -16,7 +16,7 @@ from bdense_core.features import DigitsFeatures, load_features, save_features
 from bdense_core.files import HashedFile, sha256_of_file
 from bdense_core.frechet import save_statistics
 from bdense_core.integrity import read_metadata
-from bdense_core.loops import sfd, sfd_run, sfd_targets
+from bdense_core.loops import sfd, sfd_targets
 from bdense_core.methods.sfd import SFD
 from bdense_core.networks import Denoiser, NetworkConfig, build
 from bdense_core.precision import HalfDenoiser, Trainee, in_precision
@@ -423,11 +423,6 @@ def test_repeats_report_every_seed_and_leave_the_trials_own_value_alone(task):
 # --- broken off and continued ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def each_iteration_kept(monkeypatch):
-    monkeypatch.setattr(sfd_run, "SNAPSHOT_EVERY_S", 0.0)
-
-
 LONG = replace(METHOD, nfe=1, num_branches=2, batch=250, budget_kimg=2)
 """8 iterations; scored after 4 and 8."""
 LONG_WEIGHTS = (0.0, 1.0)
@@ -435,13 +430,13 @@ LONG_WEIGHTS = (0.0, 1.0)
 
 
 @pytest.mark.parametrize("broken_off_at", [0.1, 0.3, 0.6, 0.99])
-def test_a_run_that_is_broken_off_ends_as_an_undisturbed_one_bit_for_bit(
-    task, tmp_path, each_iteration_kept, broken_off_at
-):
+def test_a_run_that_is_broken_off_ends_as_an_undisturbed_one_bit_for_bit(task, tmp_path, broken_off_at):
     """With dropout, a falling rate and a score in between."""
     task = replace(task, weights=LONG_WEIGHTS)
     expected = scores(LONG, replace(task, output=str(tmp_path / "whole.safetensors")))
-    resumable = replace(task, snapshots=str(tmp_path / "run"), output=str(tmp_path / "resumed.safetensors"))
+    resumable = replace(
+        task, snapshots=str(tmp_path / "run"), snapshot_every_s=0.0, output=str(tmp_path / "resumed.safetensors")
+    )
     begun = LONG.run(resumable)
     next(event for event in begun if event.done >= broken_off_at)
     begun.close()
@@ -467,18 +462,18 @@ def test_a_run_closed_while_it_is_scored_scores_that_iteration_when_it_goes_on(t
     begun.close()
     events = list(LONG.run(resumable))
     assert [event for event in events if isinstance(event, Score)] == expected
-    assert next(event.phase for event in events) == "evaluation"
+    assert [event.phase for event in events[:2]] == ["resumed", "evaluation"]
 
 
-def test_a_snapshot_of_other_weights_is_refused_with_what_differs(task, tmp_path, each_iteration_kept):
-    kept = replace(task, snapshots=str(tmp_path / "run"))
+def test_a_snapshot_of_other_weights_is_refused_with_what_differs(task, tmp_path):
+    kept = replace(task, snapshots=str(tmp_path / "run"), snapshot_every_s=0.0)
     scores(METHOD, kept)
     with pytest.raises(CheckpointError, match="weights"):
         scores(METHOD, replace(kept, weights=uniform(4)))
 
 
-def test_a_damaged_snapshot_costs_only_the_way_back_to_the_one_before(task, tmp_path, each_iteration_kept):
-    kept = replace(task, snapshots=str(tmp_path / "run"))
+def test_a_damaged_snapshot_costs_only_the_way_back_to_the_one_before(task, tmp_path):
+    kept = replace(task, snapshots=str(tmp_path / "run"), snapshot_every_s=0.0)
     expected = scores(METHOD, kept)
     newest = max((tmp_path / "run").glob("snapshot-*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-7])

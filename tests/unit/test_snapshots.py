@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save
 
 import bdense_core
@@ -18,8 +19,8 @@ from bdense_core.snapshots import Snapshots
 IDENTITY = {"teacher": "abc", "network": {"dropout": 0.1, "channel_mult": (1, 2)}}
 
 
-def make(folder, *, identity=IDENTITY, keep=2):
-    return Snapshots(folder, identity=identity, keep=keep)
+def make(folder, *, identity=IDENTITY, keep=2, required=True):
+    return Snapshots(folder, identity=identity, keep=keep, required=required)
 
 
 def state(step):
@@ -204,6 +205,42 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_anything_ran(tmp_path):
     for act in (lambda s: s.latest(), lambda s: s.save(1, state(1), {}), lambda s: s.clear()):
         with pytest.raises(CheckpointError, match=r"file/run cannot be .*choose another"):
             act(make(tmp_path / "file" / "run"))
+
+
+# --- snapshots that a run can do without ----------------------------------------------------------------
+
+
+def test_a_frozen_writer_stops_nobody_from_reading_and_costs_only_the_snapshot(tmp_path, monkeypatch):
+    monkeypatch.setattr("bdense_core.snapshots._LOCK_WITHIN_S", 0.1)
+    save_steps(tmp_path, 10)
+    snapshots = make(tmp_path, required=False)
+    with FileLock(tmp_path / "snapshots.lock"):
+        assert snapshots.latest().step == 10
+        assert not snapshots.save(20, state(20), {})
+        assert "could not be acquired" in snapshots.take_note()
+        with pytest.raises(CheckpointError, match="could not be acquired"):
+            make(tmp_path).latest()
+    assert snapshots.save(30, state(30), {})
+    assert steps(tmp_path) == [10, 30]
+
+
+def test_trouble_that_recurs_is_noted_once(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    snapshots = make(tmp_path / "file" / "run", required=False)
+    assert snapshots.latest() is None
+    assert "the run goes on without" in snapshots.take_note()
+    assert not snapshots.save(1, state(1), {})
+    assert snapshots.take_note() is None
+
+
+def test_another_runs_newer_snapshots_do_not_push_out_the_own(tmp_path):
+    save_steps(tmp_path, 100, 200)
+    snapshots = make(tmp_path, identity=IDENTITY | {"teacher": "abd"}, required=False)
+    assert snapshots.latest() is None
+    assert snapshots.take_note().count("differs in teacher; looking for an older one") == 2
+    assert snapshots.save(10, state(10), {})
+    assert steps(tmp_path) == [10]
+    assert snapshots.latest().step == 10
 
 
 # --- other processes ------------------------------------------------------------------------------------
