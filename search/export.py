@@ -1,20 +1,15 @@
 """The weights file that transfer runs read."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from search.errors import NothingFinished
 from search.records import Row
-from search.report import noise_floor, ranked, verdict
+from search.report import curve_of, noise_floor, ranked, verdict
+from search.spec import Study
 from search.storage import StudyStore
 
 SCHEMA = "bdense-weights/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Context:
-    metric: str
-    n_samples: int | None
 
 
 def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
@@ -33,7 +28,6 @@ def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
             f"{counts.waiting} waiting, {counts.failed} failed); run the launcher again, or wait for it"
         )
     study = store.study
-    context = _Context(metric=study.metric, n_samples=study.evaluation.n_samples if study.evaluation else None)
     return {
         "schema": SCHEMA,
         "study": store.name,
@@ -42,12 +36,13 @@ def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
         "nfe": study.spec.method.nfe,
         "num_branches": study.num_branches,
         "target_space": study.spec.method.target_space,
+        "family": study.spec.space.family,
         "index_origin": study.spec.space.index_origin,
-        **_candidate(candidates[0], context),
+        **_candidate(study, candidates[0]),
         "formula": "w_k = exp(a (k + index_origin) + b), k = 0 .. num_branches - 1, first branch to last",
-        "candidates": [_candidate(row, context) for row in candidates],
+        "candidates": [_candidate(study, row) for row in candidates],
         "controls": [
-            {"role": row.role, **_candidate(row, context), "by_seed": {str(s): v for s, v in row.by_seed.items()}}
+            {"role": row.role, **_candidate(study, row), "by_seed": {str(s): v for s, v in row.by_seed.items()}}
             for row in ranked(rows)
             if row.is_control
         ],
@@ -59,17 +54,18 @@ def export_object(store: StudyStore, *, top: int = 1) -> dict[str, Any]:
     }
 
 
-def _candidate(row: Row, context: _Context) -> dict[str, Any]:
+def _candidate(study: Study, row: Row) -> dict[str, Any]:
+    a, b = curve_of(study, row) or (None, None)
     return {
-        "a": row.params.get("a"),
-        "b": row.params.get("b"),
+        "a": a,
+        "b": b,
         "weights": list(row.weights),
         "shares": list(row.shares),
         "trial": row.number,
         "score": {
-            "metric": context.metric,
+            "metric": study.metric,
             "value": row.value,
-            "n_samples": context.n_samples,
+            "n_samples": study.evaluation.n_samples if study.evaluation else None,
             "seeds": list(row.seeds),
         },
     }

@@ -1,4 +1,4 @@
-"""Pictures of a study: the weight curves of its best trials, and the map of (a, b) with values.
+"""Pictures of a study: the weight curves of its best trials, and the map of its axes with values.
 
 What is drawn is decided once, in `curves` and `points`; plotly draws it for optuna-dashboard, matplotlib for files.
 """
@@ -11,6 +11,8 @@ from bdense_core.files import write_atomically
 from search.errors import NothingFinished
 from search.records import Row
 from search.report import noise_floor, ranked
+from search.space import free_axes
+from search.spec import Study
 from search.storage import StudyStore
 
 NUM_CURVES = 3
@@ -30,10 +32,10 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One trial in the plane of (a, b)."""
+    """One trial on the map: in the plane of two axes, or above a single one."""
 
-    a: float
-    b: float
+    x: float
+    y: float
     value: float
     label: str
     pruned: bool
@@ -49,15 +51,22 @@ def curves(rows: list[Row]) -> list[Curve]:
     ]
 
 
-def points(rows: list[Row]) -> list[Point]:
-    """Every finished or pruned trial that has an (a, b), at its last value."""
+def map_axes(study: Study) -> tuple[str, str]:
+    """What the map shows along x and y: the first two searched axes, or a single one and the metric."""
+    axes = list(free_axes(study.spec.space) or study.spec.space.axes())
+    return (axes[0], axes[1]) if len(axes) > 1 else (axes[0], study.metric)
+
+
+def points(study: Study, rows: list[Row]) -> list[Point]:
+    """Every finished or pruned trial that has a place on the map, at its last value."""
+    x, y = map_axes(study)
     return [
         Point(
-            a=row.params["a"], b=row.params["b"], value=row.value, label=_name(row),
+            x=row.params[x], y=row.params.get(y, row.value), value=row.value, label=_name(row),
             pruned=row.state == "PRUNED", is_control=row.is_control,
         )
         for row in rows
-        if row.value is not None and {"a", "b"} <= row.params.keys()
+        if row.value is not None and {x, y} <= {*row.params, study.metric}
     ]  # fmt: skip
 
 
@@ -89,7 +98,7 @@ def save_png(store: StudyStore, path: Path) -> None:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     _draw_curves(left, rows)
-    _draw_map(middle, rows, store.study.metric)
+    _draw_map(middle, store.study, rows)
     _draw_scores(right, rows, store.study.metric)
     figure.suptitle(_title(store, rows))
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
@@ -121,10 +130,10 @@ def _plotly_curves(store: StudyStore, rows: list[Row]) -> Any:
 def _plotly_map(store: StudyStore, rows: list[Row]) -> Any:
     from plotly import graph_objects
 
-    drawn = points(rows)
-    figure = graph_objects.Figure(layout=_layout("Map of (a, b): " + _title(store, rows), "a (slope)", "b (intercept)"))
+    drawn, (x, y) = points(store.study, rows), map_axes(store.study)
+    figure = graph_objects.Figure(layout=_layout(f"Map of {x} and {y}: {_title(store, rows)}", x, y))
     figure.add_scatter(
-        x=[p.a for p in drawn], y=[p.b for p in drawn], mode="markers+text",
+        x=[p.x for p in drawn], y=[p.y for p in drawn], mode="markers+text",
         text=[f"{p.value:.3g}" for p in drawn], textposition="top center", showlegend=False,
         hovertext=[f"{p.label}{' (pruned)' if p.pruned else ''}: {p.value:.4g}" for p in drawn],
         marker={
@@ -156,10 +165,10 @@ def _draw_curves(axes: Any, rows: list[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_map(axes: Any, rows: list[Row], metric: str) -> None:
-    drawn = points(rows)
+def _draw_map(axes: Any, study: Study, rows: list[Row]) -> None:
+    drawn, (x, y) = points(study, rows), map_axes(study)
     if not drawn:
-        axes.set(title="map of (a, b): no points yet")
+        axes.set(title=f"map of {x} and {y}: no points yet")
         return
     low, high = min(p.value for p in drawn), max(p.value for p in drawn)
     for marker, kind in (("o", "searched"), ("x", "pruned"), ("D", "control")):
@@ -167,13 +176,13 @@ def _draw_map(axes: Any, rows: list[Row], metric: str) -> None:
         if not group:
             continue
         dots = axes.scatter(
-            [p.a for p in group], [p.b for p in group], c=[p.value for p in group], marker=marker, s=60,
+            [p.x for p in group], [p.y for p in group], c=[p.value for p in group], marker=marker, s=60,
             cmap="viridis", vmin=low, vmax=high, label=kind,
         )  # fmt: skip
     for p in drawn:
-        axes.annotate(f"{p.value:.3g}", (p.a, p.b), textcoords="offset points", xytext=(4, 5), fontsize=7)
-    axes.figure.colorbar(dots, ax=axes, label=metric)
-    axes.set(title="map of (a, b); pruned trials at their last value", xlabel="a (slope)", ylabel="b (intercept)")
+        axes.annotate(f"{p.value:.3g}", (p.x, p.y), textcoords="offset points", xytext=(4, 5), fontsize=7)
+    axes.figure.colorbar(dots, ax=axes, label=study.metric)
+    axes.set(title=f"map of {x} and {y}; pruned trials at their last value", xlabel=x, ylabel=y)
     axes.legend(fontsize=8)
 
 

@@ -7,8 +7,15 @@ from typing import Any
 
 from rich.table import Table
 
+from search import quality
 from search.records import Row, StudySummary
+from search.samplers import importances
+from search.space import log_linear_of
+from search.spec import Study
 from search.storage import StudyStore
+
+_ENOUGH_FINISHED = 50
+"""Trials of which a tenth, the best that importances are worked out from, are at least the five that Optuna advises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +150,13 @@ def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5, wide
     pruned = [row for row in rows if row.state == "PRUNED"]
     shown = sorted([*best[:top], *controls], key=lambda row: (row.value is None, row.value, row.number))
     table = Table(title=f"{store.name}: {store.study.metric}, lower is better", title_justify="left")
-    columns = ["trial", "role", "a", "b", "shares", store.study.metric, "mean over seeds", "state"]
-    kept = columns if wide else ["trial", "role", "a", "shares", store.study.metric]
+    axes = list(store.study.spec.space.axes())
+    columns = ["trial", "role", *axes, "shares", store.study.metric, "mean over seeds", "state"]
+    kept = columns if wide else ["trial", "role", axes[0], "shares", store.study.metric]
     for column in kept:
         table.add_column(column, justify="left" if column in ("role", "shares", "state") else "right", no_wrap=True)
     for row in [*shown, *(pruned if top is None else [])]:
-        cells = dict(zip(columns, _cells(row, wide=wide), strict=True))
+        cells = dict(zip(columns, _cells(row, axes, wide=wide), strict=True))
         style = "dim" if row.state == "PRUNED" else None if row.is_search else "cyan"
         table.add_row(*(cells[column] for column in kept), style=style)
     hidden = len(best) - len(best[:top])
@@ -157,18 +165,41 @@ def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5, wide
     return table
 
 
-def _cells(row: Row, *, wide: bool) -> tuple[str, ...]:
+def _cells(row: Row, axes: list[str], *, wide: bool) -> tuple[str, ...]:
     is_pruned = row.state == "PRUNED"
     return (
         str(row.number),
         row.role,
-        _number(row.params.get("a")),
-        _number(row.params.get("b")),
+        *(_number(row.params.get(axis)) for axis in axes),
         " ".join(f"{share:.3f}" if wide else f"{share:.2f}" for share in row.shares),
         f"({_number(row.value)})" if is_pruned else _number(row.value),
         _over_seeds(row),
         f"PRUNED at {row.last_step} kimg" if is_pruned else row.state,
     )
+
+
+def curve_of(study: Study, row: Row) -> tuple[float, float] | None:
+    """The log-linear (a, b) of a row's weights, whatever family the study searches; None where they have none."""
+    if row.is_search and row.params:
+        return study.spec.space.curve(row.params, study.num_branches)
+    return log_linear_of(row.weights, index_origin=study.spec.space.index_origin)
+
+
+def notes(store: StudyStore, rows: list[Row]) -> list[str]:
+    """One line each: how the study's space may mislead, what its best trial says about it, and which axis mattered."""
+    found = [*quality.notes(store.study), *quality.findings(store.study, rows)]
+    if shares_of_axes := importances(store.optuna_study, store.study):
+        found.append(importance_line(shares_of_axes, len(ranked(rows, searched_only=True))))
+    return found
+
+
+def importance_line(shares_of_axes: dict[str, float], num_finished: int) -> str:
+    """Parameter importances for people, with a caution where few trials stand behind them."""
+    values = ", ".join(f"{axis} {share:.0%}" for axis, share in shares_of_axes.items())
+    line = f"importance of the axes, from {num_finished} finished trials: {values}"
+    if num_finished < _ENOUGH_FINISHED:
+        line += f"; from fewer than {_ENOUGH_FINISHED}, hardly more than noise"
+    return line
 
 
 def curve_table(row: Row) -> Table:
@@ -203,17 +234,21 @@ def show_object(store: StudyStore, rows: list[Row]) -> dict[str, Any]:
         "directions": ["minimize"],
         "metric": store.study.metric,
         "noise_floor": None if floor is None else asdict(floor),
-        "trials": [trial_object(row) for row in rows],
+        "notes": notes(store, rows),
+        "trials": [trial_object(store.study, row) for row in rows],
     }
 
 
-def trial_object(row: Row) -> dict[str, Any]:
+def trial_object(study: Study, row: Row) -> dict[str, Any]:
+    """A trial as programs read it: `params` are the family's, `a` and `b` the log-linear ones of the same weights."""
+    a, b = curve_of(study, row) or (None, None)
     return {
         "number": row.number,
         "state": row.state,
         "role": row.role,
-        "a": row.params.get("a"),
-        "b": row.params.get("b"),
+        "params": row.params,
+        "a": a,
+        "b": b,
         "weights": list(row.weights),
         "shares": list(row.shares),
         "value": row.value,

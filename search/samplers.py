@@ -1,70 +1,286 @@
-"""Who proposes and who stops: a study file's sampler and pruner, as Optuna's."""
+"""Who proposes and who stops: a study file's sampler and pruner as Optuna's, and which axis mattered."""
 
+import heapq
+import itertools
+import math
+import random
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bdense_core.files import sha256_of
-from search.spec import Study
+from search.records import SEARCH
+from search.space import free_axes
+from search.spec import SamplerSection, Study
+
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+_MOST_POINTS = 500
+"""A Gaussian process takes time with the cube of its points."""
+_MOST_KERNELS, _BEST, _NEWEST = 1000, 25, 25
+"""TPE's time is linear in its points. It takes at most 25 for good, and the newest 25 count in full."""
+_FEWEST_FINISHED = 4
+"""Below it, importances are not worth a number."""
 
 
-class DeclaredSpace(optuna.samplers.BaseSampler):
-    """A sampler that searches the study file's space instead of inferring one from the trials so far.
+class DeclaredSpace(BaseSampler):
+    """An inner sampler on the study file's space, for trials that are asked for by any number of processes.
 
-    Controls outside the space carry no parameters; inference would take that for an empty space.
+    The space is declared instead of inferred from the trials so far: controls outside of it carry no parameters, and
+    inference would take that for an empty space. Each trial gets an inner sampler of its own, seeded by the study's
+    seed and the trial's number: nothing is repeated, after a restart or by another launcher. Nothing is proposed for
+    rows that need no proposal: controls, retries, people's own points.
     """
 
-    def __init__(self, inner: optuna.samplers.BaseSampler, axes: dict[str, tuple[float, float]]) -> None:
-        self._inner = inner
-        self._space: dict[str, BaseDistribution] = {
-            name: FloatDistribution(low, high) for name, (low, high) in axes.items()
-        }
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, space: dict[str, BaseDistribution]) -> None:
+        self._make = make
+        self._seed = seed
+        self._space = space
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._inner = self._make(_seed(self._seed, trial.number))
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: axis for name, axis in self._space.items() if not axis.single()}
+        given = {**trial.params, **trial.system_attrs.get("fixed_params", {})}
+        return self._space if _is_searched(trial) and not self._space.keys() <= given.keys() else {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._inner.sample_relative(study, trial, search_space)
+        return self._inner.sample_relative(study, trial, search_space) if search_space else {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._inner.before_trial(study, trial)
 
-    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
-        self._inner.after_trial(study, trial, state, values)
+class TreeParzen(TPESampler):
+    """Optuna's multivariate TPE with a constant liar for running trials, on a bounded number of ended ones.
 
-
-def make_sampler(study: Study, num_rows: int) -> optuna.samplers.BaseSampler:
-    """The study file's sampler, seeded by the study's seed and the number of trials before this one.
-
-    So a resumed study does not repeat its random proposals.
+    Of many ended trials it sees the best, which are all that its density of good points is made of, the newest, which
+    count most, and an even selection of the others in their order, of which its density of bad points is made.
     """
+
+    def __init__(self, startup_trials: int, seed: int) -> None:
+        super().__init__(n_startup_trials=startup_trials, multivariate=True, constant_liar=True, seed=seed)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        view: Any = _View(study, _thinned(study.get_trials(deepcopy=False)))
+        return super().sample_relative(view, trial, search_space)
+
+
+class _View:
+    """A study that shows only some of its trials, as Optuna's Hyperband has one of a bracket."""
+
+    def __init__(self, study: optuna.Study, trials: list[FrozenTrial]) -> None:
+        self._study = study
+        self._trials = trials
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        return [t for t in self._trials if states is None or t.state in states]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+
+class GaussianProcess(RandomSampler):
+    """Optuna's GPSampler on a copy of what it can learn from; random until there is enough.
+
+    By itself it knows running trials, but fails on controls without parameters, and forgets pruned trials: it would
+    propose the same hopeless point again. Here a pruned trial counts with its last value, at most the worst finished
+    one's. Of many ended trials the best stay, and an even selection of the others.
+    """
+
+    def __init__(self, startup_trials: int, seed: int) -> None:
+        super().__init__(seed=seed)
+        self._gp = GPSampler(n_startup_trials=max(1, startup_trials), seed=seed)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        known = [t for t in _all_trials(study) if _is_inside(t, search_space)]
+        values = _values_of_ended(known)
+        points = [_point(t, search_space, values[t.number]) for t in _selection(known, values)]
+        running = [_point(t, search_space, None) for t in known if t.state == TrialState.RUNNING]
+        view = _study_of([*points, *running, create_trial(state=TrialState.RUNNING)])
+        return self._gp.sample_relative(view, view.get_trials(deepcopy=False)[-1], search_space)
+
+
+class Grid(RandomSampler):
+    """Each point of an even grid once, in an order shuffled by the study's seed.
+
+    A point is taken by any searched row with its parameters, so a lost trial that is queued again keeps its own. A
+    point comes twice only where nothing else is left and its trial failed for good. (Optuna's GridSampler counts
+    such points as done, and calls `Study.stop`, which works inside of `optimize` alone.)
+    """
+
+    def __init__(self, num_points: int, seed: int) -> None:
+        super().__init__(seed=seed)
+        self._num_points = num_points
+        self._order = random.Random(seed)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        rows: dict[tuple[Any, ...], list[bool]] = defaultdict(list)
+        for t in _all_trials(study):
+            if _is_searched(t) and _is_inside(t, search_space):
+                rows[tuple(t.params[name] for name in search_space)].append(t.state != TrialState.FAIL)
+        points = list(itertools.product(*(self._along(axis) for axis in search_space.values())))
+        self._order.shuffle(points)
+        chosen = min(points, key=lambda point: (any(rows[point]), len(rows[point])))
+        return dict(zip(search_space, chosen, strict=True))
+
+    def _along(self, axis: BaseDistribution) -> list[float]:
+        assert isinstance(axis, FloatDistribution)
+        points: list[float] = np.linspace(axis.low, axis.high, self._num_points).tolist()
+        return points
+
+
+def make_sampler(study: Study) -> BaseSampler:
+    """The study file's sampler. Nothing of it needs to be kept: what it knows is in the study."""
     section = study.spec.sampler
-    seed = int(sha256_of([section.seed, num_rows])[:8], 16)
-    inner: optuna.samplers.BaseSampler
-    if section.kind == "random":
-        inner = optuna.samplers.RandomSampler(seed=seed)
-    else:
-        inner = optuna.samplers.TPESampler(
-            n_startup_trials=section.startup_trials, multivariate=True, constant_liar=True, seed=seed
-        )
-    return DeclaredSpace(inner, study.spec.space.axes())
+    return DeclaredSpace(lambda seed: _inner(section, seed), section.seed, _declared(study))
+
+
+def _inner(section: SamplerSection, seed: int) -> BaseSampler:
+    """The sampler of one trial; `seed` is that trial's own, `section.seed` the whole study's."""
+    startup = section.startup_trials
+    match section.kind:
+        case "tpe":
+            return TreeParzen(startup, seed)
+        case "gp":
+            return GaussianProcess(startup, seed)
+        case "cmaes":
+            return CmaEsSampler(
+                n_startup_trials=startup, consider_pruned_trials=True, seed=seed, warn_independent_sampling=False
+            )
+        case "qmc":  # one sequence, scrambled alike for all trials; Optuna counts its points in the study
+            return QMCSampler(qmc_type="sobol", scramble=True, seed=_seed(section.seed))
+        case "grid":
+            return Grid(section.grid_points, section.seed)
+        case "random":
+            return RandomSampler(seed=seed)
 
 
 def make_pruner(study: Study) -> optuna.pruners.BasePruner:
-    """The study file's pruner."""
+    """The study file's pruner; its steps are kimg."""
     section = study.spec.pruner
-    if section.kind == "none":
-        return optuna.pruners.NopPruner()
-    percentile = 50.0 if section.kind == "median" else section.percentile
-    return optuna.pruners.PercentilePruner(
-        percentile, n_startup_trials=section.startup_trials, n_warmup_steps=section.warmup_kimg
+    match section.kind:
+        case "median" | "percentile":
+            return optuna.pruners.PercentilePruner(
+                50.0 if section.kind == "median" else section.percentile,
+                n_startup_trials=section.startup_trials,
+                n_warmup_steps=section.warmup_kimg,
+            )
+        case "successive_halving":
+            return optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=section.min_resource_kimg, reduction_factor=section.reduction_factor
+            )
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(
+                min_resource=section.min_resource_kimg,
+                max_resource=study.steps[-1],
+                reduction_factor=section.reduction_factor,
+            )
+        case "none":
+            return optuna.pruners.NopPruner()
+
+
+def importances(optuna_study: optuna.Study, study: Study) -> dict[str, float]:
+    """What each searched axis had to do with a trial being among the best tenth; the most important first, sum 1.
+
+    By Optuna's own evaluator (PED-ANOVA) on the searched trials that finished. Empty where a single axis is searched,
+    or fewer than four of them have.
+    """
+    space = _declared(study)
+    complete = optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    finished = [t for t in complete if _is_searched(t) and _is_inside(t, space)]
+    if len(space) < 2 or len(finished) < _FEWEST_FINISHED:
+        return {}
+    view = _study_of([_point(t, space, t.value) for t in finished])
+    with warnings.catch_warnings():  # that equal values make all axes equal
+        warnings.simplefilter("ignore", UserWarning)
+        found = optuna.importance.get_param_importances(view, params=list(space))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _declared(study: Study) -> dict[str, BaseDistribution]:
+    """The searched axes of a study; one that is a single point is nothing to search."""
+    return {name: FloatDistribution(low, high) for name, (low, high) in free_axes(study.spec.space).items()}
+
+
+def _is_searched(trial: FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get("role", SEARCH) == SEARCH)
+
+
+def _is_inside(trial: FrozenTrial, space: dict[str, BaseDistribution]) -> bool:
+    """Controls may have no parameters, and people's own proposals may lie outside of the ranges."""
+    return all(name in trial.params and axis._contains(trial.params[name]) for name, axis in space.items())
+
+
+def _seed(*numbers: int) -> int:
+    return int(sha256_of(list(numbers))[:8], 16)
+
+
+def _all_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """From the storage, as Optuna's own samplers do: under Hyperband a study shows the trials of one bracket only."""
+    return study._storage.get_all_trials(study._study_id, deepcopy=False)
+
+
+def _values_of_ended(trials: Sequence[FrozenTrial]) -> dict[int, float]:
+    """The value of each ended trial by its number; no pruned one is worse than the worst finished one."""
+    ended = {t.number: t.value for t in trials if t.state in _ENDED and t.value is not None}
+    finished = [t.number for t in trials if t.state == TrialState.COMPLETE]
+    worst = max((ended[number] for number in finished), default=math.inf)
+    return {number: min(value, worst) for number, value in ended.items()}
+
+
+def _selection(trials: Sequence[FrozenTrial], values: dict[int, float]) -> list[FrozenTrial]:
+    """The ended trials, or where there are too many, the best and an even selection of the others."""
+    ended = sorted((t for t in trials if t.number in values), key=lambda t: values[t.number])
+    if len(ended) <= _MOST_POINTS:
+        return ended
+    half = _MOST_POINTS // 2
+    return ended[:half] + [ended[i] for i in np.linspace(half, len(ended) - 1, half, dtype=int)]
+
+
+def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """All open trials and at most `_MOST_KERNELS` ended ones, by number."""
+    ended = [t for t in trials if t.state in _ENDED and t.value is not None]
+    if len(ended) <= _MOST_KERNELS:
+        return list(trials)
+    complete = [t for t in ended if t.state == TrialState.COMPLETE]
+    best = {t.number for t in heapq.nsmallest(_BEST, complete, key=lambda t: t.value or 0.0)}
+    if len(best) < _BEST:  # TPE ranks the pruned ones below the others, by how far they came
+        pruned = [t for t in ended if t.state == TrialState.PRUNED]
+        best |= {t.number for t in heapq.nsmallest(_BEST, pruned, key=lambda t: (-(t.last_step or 0), t.value))}
+    even = np.linspace(0, len(ended) - _NEWEST - 1, _MOST_KERNELS - _NEWEST - len(best), dtype=int)
+    kept = best | {ended[i].number for i in even} | {t.number for t in ended[-_NEWEST:]}
+    return [t for t in trials if t.number in kept or not t.state.is_finished()]
+
+
+def _point(trial: FrozenTrial, space: dict[str, BaseDistribution], value: float | None) -> FrozenTrial:
+    """A trial's parameters with a value; without one, a running trial."""
+    state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+    return create_trial(
+        state=state, value=value, params={name: trial.params[name] for name in space}, distributions=space
     )
+
+
+def _study_of(trials: Sequence[FrozenTrial]) -> optuna.Study:
+    """A study in memory."""
+    study = optuna.create_study()
+    study.add_trials(trials)
+    return study

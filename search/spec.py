@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,8 @@ from bdense_core.methods import AnyMethod
 from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Evaluation, Task, report_steps
 from bdense_core.weights import Weights, checked
-from search.space import SearchSpace
+from search.settings import mask
+from search.space import LogLinear, SearchSpace, family_of
 
 
 class _Section(BaseModel):
@@ -46,22 +47,33 @@ class BudgetSection(_Section):
 
 
 class SamplerSection(_Section):
-    """Who proposes."""
+    """Who proposes. A key that a kind has no use for is ignored, so that `--set sampler.kind=` is all it takes."""
 
-    kind: Literal["tpe", "random"] = "tpe"
+    kind: Literal["tpe", "gp", "cmaes", "qmc", "random", "grid"] = "tpe"
     startup_trials: int = Field(default=6, ge=0)
-    """Random proposals before the sampler learns."""
+    """For `tpe`, `gp` and `cmaes`: ended trials, controls among them, before the sampler learns; random until then."""
+    grid_points: int = Field(default=5, ge=2)
+    """For `grid`: points along each searched axis, evenly spaced, both ends among them."""
     seed: int = 0
 
 
 class PrunerSection(_Section):
-    """Who stops a hopeless trial, judged on its intermediate scores."""
+    """Who stops a hopeless trial, judged on its intermediate scores. A key that a kind has no use for is ignored.
 
-    kind: Literal["median", "percentile", "none"] = "median"
+    Controls are never stopped.
+    """
+
+    kind: Literal["median", "percentile", "successive_halving", "hyperband", "none"] = "median"
     percentile: float = Field(default=50.0, gt=0, lt=100)
     """For `percentile`: trials worse than this share of the earlier ones stop."""
     startup_trials: int = Field(default=5, ge=0)
+    """For `median` and `percentile`: finished trials before any is stopped."""
     warmup_kimg: int = Field(default=0, ge=0)
+    """For `median` and `percentile`: no trial is stopped before it."""
+    min_resource_kimg: int = Field(default=1, ge=1)
+    """For `successive_halving` and `hyperband`: the first rung."""
+    reduction_factor: int = Field(default=3, ge=2)
+    """For the same: one trial in so many passes a rung, and each rung is so many times the one before it."""
 
 
 class SeedsSection(_Section):
@@ -99,12 +111,37 @@ class LeaseSection(_Section):
     heartbeat_s: int = Field(default=15, ge=1)
     grace_s: int = Field(default=180, ge=2)
     max_retries: int = Field(default=2, ge=0)
+    outage_s: int = Field(default=900, ge=0)
+    """How long a launcher waits for a database that does not answer."""
 
     def model_post_init(self, _context: object) -> None:
         if self.grace_s <= 2 * self.heartbeat_s:
             raise BadValue(
                 f"lease.grace_s ({self.grace_s}) must exceed twice lease.heartbeat_s ({self.heartbeat_s}), "
                 "or healthy trials count as lost"
+            )
+
+
+class CheckpointSection(_Section):
+    """The state of running trials, which a trial that is tried again goes on from."""
+
+    enabled: bool = True
+    url: str | None = None
+    """A path or an fsspec URL that all nodes can read and write; default: the launcher's BDENSE_HOME/checkpoints."""
+    every_s: float = Field(default=120.0, ge=0)
+    """Seconds of training that an interrupted trial may lose."""
+
+    def model_post_init(self, _context: object) -> None:
+        if self.url is None:
+            return
+        if "://" not in self.url and not Path(self.url).is_absolute():
+            raise BadValue(
+                f"checkpoints.url {self.url!r} is neither a full path nor a URL; begin it with / or PROTOCOL://"
+            )
+        if "://" in self.url and mask(self.url) != self.url:
+            raise BadValue(
+                f"checkpoints.url {mask(self.url)} holds a password, which a study file must not; "
+                "leave it to the driver's own configuration on each node"
             )
 
 
@@ -119,13 +156,14 @@ class StudySpec(_Section):
     teacher: str | None = None
     """A teacher: shipped, in the models folder, or a path relative to the study file."""
     evaluation: EvaluationSection | None = None
-    space: SearchSpace = SearchSpace()
+    space: SearchSpace = LogLinear()
     budget: BudgetSection = BudgetSection()
     sampler: SamplerSection = SamplerSection()
     pruner: PrunerSection = PrunerSection()
     seeds: SeedsSection = SeedsSection()
     resources: ResourcesSection = ResourcesSection()
     cache: CacheSection = CacheSection()
+    checkpoints: CheckpointSection = CheckpointSection()
     lease: LeaseSection = LeaseSection()
 
 
@@ -137,6 +175,7 @@ MUTABLE = (
     "resources.gpus",
     "resources.max_parallel",
     "cache",
+    "checkpoints",
     "lease",
 )
 """Keys that may change between two launches of one study: they touch no result. (Gaining or losing GPUs does.)"""
@@ -188,6 +227,27 @@ class Study:
         row = self.spec.method.cache_bytes(network.img_channels * network.img_resolution**2)
         return row * self.spec.method.budget_kimg * 1000 * len(self.control_seeds())
 
+    def protocol_hash(self) -> str:
+        """What the study's values may be compared with: only values of the same hash."""
+        if self.evaluation is None:
+            return sha256_of({"metric": self.metric})[:16]
+        return self.evaluation.protocol.hash()[:16]
+
+    def edited(self, values: dict[str, Any]) -> "Study":
+        """The study with other values for some dotted keys.
+
+        Raises:
+            ConfigError: what is wrong with them.
+        """
+        spec = self.spec.model_dump(mode="json")
+        for key, value in values.items():
+            *parents, last = key.split(".")
+            section = spec
+            for parent in parents:
+                section = section[parent]
+            section[last] = value
+        return replace(self, spec=validate(spec, "the edited study"))
+
     def task(self, weights: Weights, seed: int, *, cache_root: Path) -> Task:
         """One distillation of this study, on the device that its resources name."""
         return Task(
@@ -201,6 +261,7 @@ class Study:
             device="cuda" if self.spec.resources.gpus > 0 else "cpu",
             compile=self.spec.resources.compile,
             micro_batch=self.spec.resources.micro_batch,
+            snapshot_every_s=self.spec.checkpoints.every_s,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -255,6 +316,14 @@ def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
     return kept | {"device": "cuda" if _dig(resolved, "resources", "gpus") else "cpu"}
 
 
+def mutable_values(study: Study) -> dict[str, Any]:
+    """The keys that may change in a study that exists, dotted, with their values."""
+    flat = flatten(study.spec.model_dump(mode="json"))
+    return {
+        key: value for key, value in flat.items() if any(key == name or key.startswith(name + ".") for name in MUTABLE)
+    }
+
+
 def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each key of the identities of two resolved studies that differs."""
     old, new = identity_of(stored), identity_of(wanted)
@@ -280,20 +349,20 @@ def validate(values: dict[str, Any], source: str) -> StudySpec:
 def _readable(error: ValidationError, values: dict[str, Any], source: str) -> ConfigError:
     """The first complaint of pydantic in our words: which key, what is wrong, what is known."""
     complaint = error.errors()[0]
-    kind = _dig(values, "method", "kind")
+    kind, family = _dig(values, "method", "kind"), family_of(values.get("space"))
     parts = [str(part) for part in complaint["loc"]]
-    if len(parts) > 1 and parts[0] == "method" and parts[1] == kind:
+    if len(parts) > 1 and (parts[0], parts[1]) in (("method", kind), ("space", family)):
         del parts[1]
     key = ".".join(parts)
     if complaint["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = known_keys(kind)
+        known = known_keys(kind, family)
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return UnknownKey(f"unknown key {key} in {source}; did you mean {nearest[0]}?")
     if complaint["type"] == "missing":
         return BadValue(f"{source} lacks the key {key}; add it")
     if complaint["type"] == "union_tag_invalid":
-        expected = complaint["ctx"]["expected_tags"]
-        return BadValue(f"{source}: unknown method.kind {kind!r}; known: {expected}")
+        named = f"space.family {family!r}" if key == "space" else f"method.kind {kind!r}"
+        return BadValue(f"{source}: unknown {named}; known: {complaint['ctx']['expected_tags']}")
     if complaint["type"] == "union_tag_not_found":
         return BadValue(f"{source} lacks the key method.kind; add it, for example `kind: sfd`")
     return BadValue(f"{key} in {source}: {complaint['msg']}; got {complaint['input']!r}")
@@ -305,23 +374,23 @@ def _dig(values: Any, *keys: str) -> Any:
     return values
 
 
-def known_keys(method_kind: str | None = None) -> list[str]:
-    """Every dotted key that a study file may have, with the settings of one method, or of all."""
-    return sorted(_keys_of(StudySpec, "", method_kind))
+def known_keys(*kinds: str | None) -> list[str]:
+    """Every dotted key that a study file may have, with the settings of the method and the family named, or of all."""
+    return sorted(_keys_of(StudySpec, "", kinds))
 
 
-def _keys_of(model: Any, prefix: str, method_kind: str | None) -> set[str]:
+def _keys_of(model: Any, prefix: str, kinds: tuple[str | None, ...]) -> set[str]:
     keys = set()
     for name, annotation in typing.get_type_hints(model).items():
         if name.startswith("model_"):
             continue
         sections = [t for t in _members(annotation) if _is_section(t)]
-        if len(sections) > 1 and any(_kind_of(t) == method_kind for t in sections):
-            sections = [t for t in sections if _kind_of(t) == method_kind]
+        if len(sections) > 1 and any(_kind_of(t) in kinds for t in sections):
+            sections = [t for t in sections if _kind_of(t) in kinds]
         if not sections:
             keys.add(prefix + name)
         for section in sections:
-            keys |= _keys_of(section, f"{prefix}{name}.", method_kind)
+            keys |= _keys_of(section, f"{prefix}{name}.", kinds)
     return keys
 
 
@@ -334,10 +403,11 @@ def _is_section(candidate: Any) -> bool:
     return isinstance(candidate, type) and (issubclass(candidate, BaseModel) or is_dataclass(candidate))
 
 
-def _kind_of(method: Any) -> Any:
-    if not is_dataclass(method):
-        return None
-    return next((f.default for f in fields(method) if f.name == "kind"), None)
+def _kind_of(section: Any) -> Any:
+    """The name of a method or of a family of weights."""
+    if is_dataclass(section):
+        return next((f.default for f in fields(section) if f.name == "kind"), None)
+    return section.model_fields["family"].default if "family" in section.model_fields else None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,9 +10,10 @@ import yaml
 from bdense_core import assets
 from bdense_core.errors import BadValue, ConfigError, WeightsError
 from bdense_core.files import HashedFile
-from bdense_core.task import Evaluation
+from bdense_core.task import Evaluation, report_steps
 from search.errors import MissingFile
 from search.model_files import Role, features_name, find
+from search.space import family_of, free_axes
 from search.spec import EvaluationSection, Study, StudySpec, flatten, validate
 
 
@@ -37,7 +38,7 @@ def load_study(
     path = path if path.exists() else _shipped(path)
     values = _read(path)
     for override in overrides:
-        _override(values, override)
+        values = _merged(values, _override(values, override))
     if name is not None:
         values["name"] = name
     spec = validate(values, str(path))
@@ -79,29 +80,52 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `above` before those of `below`."""
+    """Nested values, those of `above` before those of `below`.
+
+    Another method, or another family of weights, has other settings: such a section replaces the one below it.
+    """
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
-        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        if isinstance(inner, dict) and isinstance(value, dict) and not _is_another(key, inner, value):
+            result[key] = _merged(inner, value)
+        else:
+            result[key] = value
     return result
 
 
-def _override(values: dict[str, Any], text: str) -> None:
-    """Apply one `a.b=value` in place; the value is YAML."""
+def _is_another(section: str, below: dict[str, Any], above: dict[str, Any]) -> bool:
+    if section == "space":
+        return "family" in above and family_of(above) != family_of(below)
+    return section == "method" and "kind" in above and above["kind"] != below.get("kind")
+
+
+def _override(values: dict[str, Any], text: str) -> dict[str, Any]:
+    """One `a.b=value` as nested values to lay above `values`."""
+    key, above = assignment(text, "--set")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.get(parent, {})
+        if not isinstance(values, dict):
+            raise BadValue(f"--set {text}: {parent} is a value, not a section")
+    for name in (last, *reversed(parents)):
+        above = {name: above}
+    return dict(above)
+
+
+def assignment(text: str, command: str) -> tuple[str, Any]:
+    """The dotted key and the value, which is YAML, of one `a.b=value` that was given to a command.
+
+    Raises:
+        BadValue: it is none.
+    """
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise BadValue(f"--set wants KEY=VALUE, got {text!r}; for example --set method.lr=1e-4")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise BadValue(f"--set {text}: {parent} is a value, not a section")
-        values = inner
+        raise BadValue(f"{command} wants KEY=VALUE, got {text!r}; for example {command} budget.trials=20")
     try:
-        values[last] = yaml.safe_load(value)
+        return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise BadValue(f"--set {text}: the value is no valid YAML") from error
+        raise BadValue(f"{command} {text}: the value is no valid YAML") from error
 
 
 def _resolve(spec: StudySpec, folder: Path, models: Path | None, tolerate_missing: bool) -> Study:
@@ -151,6 +175,7 @@ def _check_sense(spec: StudySpec) -> None:
             spec.space.weights(dict(zip(spec.space.axes(), corner, strict=True)), len(spec.method.terms))
         except WeightsError as error:
             raise BadValue(f"space reaches {corner}, which gives no weights: {error}") from error
+    check_search(spec)
     shipped = {asset.partition("/")[0] for asset in assets.names()}
     if spec.method.needs_teacher and spec.teacher in shipped and spec.dataset != spec.teacher:
         raise BadValue(f"dataset is {spec.dataset!r}, but the teacher {spec.teacher!r} was trained on {spec.teacher!r}")
@@ -158,6 +183,31 @@ def _check_sense(spec: StudySpec) -> None:
     if spec.method.needs_teacher and features in shipped and spec.dataset != features:
         raise BadValue(
             f"dataset is {spec.dataset!r}, but evaluation.features {features!r} look at {features!r}; name others"
+        )
+
+
+def check_search(spec: StudySpec) -> None:
+    """Whether sampler and pruner can do anything with this space and this budget.
+
+    Raises:
+        BadValue: they cannot.
+    """
+    sampler, pruner, free = spec.sampler, spec.pruner, free_axes(spec.space)
+    if sampler.kind == "cmaes" and len(free) < 2:
+        raise BadValue(
+            f"sampler.kind cmaes needs two axes, and this space searches {' and '.join(free) or 'none'}; use tpe or gp"
+        )
+    size = sampler.grid_points ** len(free)
+    if sampler.kind == "grid" and spec.budget.trials > size:
+        raise BadValue(
+            f"budget.trials is {spec.budget.trials}, but the grid over {' and '.join(free) or 'no axis'} has "
+            f"{size} points; lower it, or raise sampler.grid_points (now {sampler.grid_points})"
+        )
+    end = report_steps(spec.method.budget_kimg, spec.budget.every_kimg)[-1]
+    if pruner.kind in ("successive_halving", "hyperband") and pruner.min_resource_kimg >= end:
+        raise BadValue(
+            f"pruner.min_resource_kimg is {pruner.min_resource_kimg}, but trials end at {end} kimg, where none is "
+            "stopped; lower it"
         )
 
 
