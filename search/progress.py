@@ -1,8 +1,8 @@
-"""Live progress on stderr: a display on a terminal, plain lines elsewhere."""
+"""Live progress on stderr: a display on a terminal, log lines elsewhere."""
 
 import contextlib
+import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -18,7 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bdense_core.task import Event, Progress, Score
+from search import logs
+from search.metrics import Metrics
 from search.records import Claim, Counts, Row
+
+_log = logging.getLogger(__name__)
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 _LINE_EVERY_S = 10.0
@@ -27,45 +31,55 @@ _LINE_EVERY_S = 10.0
 
 @dataclass
 class _Line:
+    """A trial that this launcher runs."""
+
     claim: Claim
     started: float = field(default_factory=time.monotonic)
     phase: str = "starting"
     kimg: float = 0.0
     done: float = 0.0
+    begun_at: float | None = None
+    """How much was done at the first sign of life: not nothing where a trial goes on."""
     value: float | None = None
+    node: str | None = None
+    pid: int | None = None
 
 
 class Board:
-    """What happens in a launch, for the person who watches."""
+    """What happens in a launch, for whoever watches: a display on a terminal, log lines, counters."""
 
     def __init__(
-        self, *, metric: str, trials: int, controls: int, control_runs: int, slots: int, console: Console | None = None
+        self,
+        *,
+        study: str,
+        metric: str,
+        trials: int,
+        controls: int,
+        control_runs: int,
+        slots: int,
+        metrics: Metrics | None = None,
+        console: Console | None = None,
     ) -> None:
         """`control_runs`: training runs of one control, one for each of its seeds."""
-        self._control_runs = control_runs
+        self._study, self._metric = study, metric
+        self._trials, self._controls, self._control_runs, self._slots = trials, controls, control_runs, slots
+        self._metrics = metrics or Metrics(study)
         self._console = console or Console(stderr=True)
-        self._metric = metric
-        self._trials, self._controls, self._slots = trials, controls, slots
         self._lines: dict[int, _Line] = {}
         self._counted = self._controls_done = 0
+        self._running: dict[int, float] = {}
+        """All that run, here or elsewhere: how many training runs of each are behind it."""
         self._best: tuple[float, str] | None = None
         self._durations: list[float] = []
+        self._is_paused = self._database_away = False
         self._start = time.monotonic()
-        self._lock = threading.RLock()
+        self._lock = (
+            threading.RLock()
+        )  # never held while a line is logged: the display holds its own, and asks for this
         self._live: Live | None = None
 
-    def resume(self, rows: list[Row], counts: Counts) -> None:
-        """Begin from what is stored."""
-        self._counted, self._controls_done = counts.counted, counts.controls_done
-        self._durations = [
-            row.duration_s / max(1, len(row.seeds)) for row in rows if row.state == "COMPLETE" and row.duration_s
-        ]
-        for row in rows:
-            if row.state == "COMPLETE" and row.value is not None:
-                self._consider(row.value, f"trial {row.number} ({row.role})")
-
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not logs.as_json():
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
         return self
@@ -75,59 +89,147 @@ class Board:
             self._live.stop()
             self._live = None
 
+    def refresh(self, rows: list[Row], counts: Counts, *, trials: int | None = None, slots: int | None = None) -> None:
+        """Take over what is stored: other launchers work on the same study, and its total may have changed."""
+        with self._lock:
+            self._counted, self._controls_done = counts.counted, counts.controls_done
+            self._trials = self._trials if trials is None else trials
+            self._slots = self._slots if slots is None else slots
+            self._running = {
+                row.number: row.progress.get("fraction", 0.0) * len(row.seeds) for row in rows if row.state == "RUNNING"
+            }
+            ended = [row for row in rows if row.state in ("COMPLETE", "PRUNED")]
+            self._durations = [row.duration_s / max(1, len(row.seeds)) for row in ended if row.duration_s]
+            self._best = None
+            for row in ended:
+                if row.state == "COMPLETE" and row.value is not None:
+                    self._consider(row.value, f"trial {row.number} ({row.role})")
+        self._metrics.refresh(rows)
+
     # -- events
 
     def started(self, claim: Claim) -> None:
         with self._lock:
             self._lines[claim.number] = _Line(claim)
-        if self._live is None:
-            self._say(f"trial {claim.number} {claim.role} started, shares {_shares(claim)}")
+        self._metrics.started(claim)
+        self._follow("started", f"started, shares {_shares(claim)}", claim, weights=list(claim.weights))
 
     def progressed(self, claim: Claim, result: dict[str, Any]) -> None:
+        """A worker's event: `event`, `kimg`, `fraction`, and where it has them `phase`, `value`, `node`, `pid`,
+        `note` (one line for people) and `resumed` (the kimg that it goes on from)."""
         with self._lock:
             line = self._lines.setdefault(claim.number, _Line(claim))
+            moved = (line.node, line.pid) != (result.get("node"), result.get("pid"))
+            next_seed = line.phase != result.get("phase") and str(result.get("phase")).startswith("seed ")
+            line.node, line.pid = result.get("node"), result.get("pid")
             line.kimg, line.done = float(result["kimg"]), float(result["fraction"])
+            line.begun_at = line.done if line.begun_at is None else line.begun_at
             line.phase = result.get("phase") or "scored"
             line.value = result.get("value", line.value)
-        if self._live is None and result["event"] == "score":
-            self._say(
-                f"trial {claim.number} {claim.role} kimg {result['kimg']:g} {self._metric} {result['value']:.4g}"
-                f" seed {claim.seeds[0]} {time.monotonic() - line.started:.0f} s"
-            )
+        self._metrics.progressed(claim, result)
+        if moved:
+            self._follow("placed", f"runs in process {line.pid}", claim, pid=line.pid)
+        if (kimg := result.get("resumed")) is not None:
+            self._tell("resumed", f"going on from {kimg:g} kimg", claim, kimg=kimg)
+        if note := result.get("note"):
+            self._tell("note", str(note), claim, level=logging.WARNING)
+        if next_seed:
+            self._follow("phase", line.phase, claim, phase=line.phase)
+        if result["event"] == "score":
+            self._score(claim, result, time.monotonic() - line.started)
+
+    def _score(self, claim: Claim, result: dict[str, Any], seconds: float) -> None:
+        kimg, value, seed = result["kimg"], result["value"], claim.seeds[0]
+        text = f"kimg {kimg:g} {self._metric} {value:.4g} seed {seed} {seconds:.0f} s"
+        values = {"kimg": kimg, "metric": self._metric, "value": value, "seed": seed, "seconds": round(seconds, 1)}
+        self._follow("score", text, claim, **values)
 
     def ended(self, claim: Claim, state: str, value: float) -> None:
         with self._lock:
             line = self._lines.pop(claim.number, None)
+            self._running.pop(claim.number, None)
             if claim.is_control:
                 self._controls_done += 1
             else:
                 self._counted += 1
             if state == "COMPLETE":
                 self._consider(value, f"trial {claim.number} ({claim.role})")
-                if line:
-                    self._durations.append((time.monotonic() - line.started) / len(claim.seeds))
-            left = self._time_left()
-        self._say(
-            f"trial {claim.number} {claim.role} {state} {self._metric} {value:.4g} | "
-            f"{self._counted}/{self._trials} trials, {self._controls_done}/{self._controls} controls, "
-            f"best {self._best_text()}, {left}"
-        )
+            if line:
+                self._durations.append((time.monotonic() - line.started) / len(claim.seeds))
+            text = (
+                f"{state} {self._metric} {value:.4g} | {self._counted}/{self._trials} trials, "
+                f"{self._controls_done}/{self._controls} controls, best {self._best_text()}, {self._time_left()}"
+            )
+        self._metrics.ended(claim)
+        self._tell("ended", text, claim, line=line, state=state, metric=self._metric, value=value)
 
-    def failed(self, claim: Claim, reason: str) -> None:
-        with self._lock:
-            self._lines.pop(claim.number, None)
-        self._say(f"trial {claim.number} {claim.role} FAILED: {reason}")
+    def failed(self, claim: Claim, reason: str, *, retry: bool = False) -> None:
+        """The trial failed; with `retry` it waits in the queue again."""
+        line = self._drop(claim)
+        self._metrics.failed(claim, retry=retry)
+        text = f"FAILED: {reason}" + ("; it is queued again" if retry else "")
+        self._tell("failed", text, claim, line=line, level=logging.ERROR, reason=reason, retry=retry)
+
+    def lost(self, claim: Claim, reason: str) -> None:
+        """The trial is no longer ours; whatever its worker still sends is dropped."""
+        line = self._drop(claim)
+        self._metrics.lost(claim)
+        self._tell("lost", f"LOST: {reason}", claim, line=line, level=logging.WARNING, reason=reason)
+
+    def paused(self, is_paused: bool) -> None:
+        """Whether the study is paused; only a change is told."""
+        if is_paused == self._is_paused:
+            return
+        self._is_paused = is_paused
+        self._metrics.paused(is_paused)
+        self._tell("paused" if is_paused else "unpaused", "paused" if is_paused else "going on after the pause")
+
+    def outage(self, seconds: float | None = None) -> None:
+        """The database does not answer; with `seconds` it answers again after so long. Only a change is told."""
+        if (seconds is None) == self._database_away:
+            return
+        self._database_away = seconds is None
+        self._metrics.outage(seconds)
+        if seconds is None:
+            self._tell("outage", "the database does not answer; waiting for it", level=logging.WARNING)
+        else:
+            text = f"the database answers again, after {clock(seconds)}"
+            self._tell("outage_over", text, seconds=round(seconds, 1))
 
     def note(self, text: str) -> None:
-        self._say(text)
+        self._tell("note", text)
 
-    # -- drawing
+    # -- telling
 
-    def _say(self, text: str) -> None:
-        if self._live is not None:
-            self._console.print(Text(text, style="dim"))
-        else:
-            print(text, file=sys.stderr, flush=True)
+    def _follow(self, event: str, text: str, claim: Claim, **values: Any) -> None:
+        """Told where no display shows it already."""
+        if self._live is None:
+            self._tell(event, text, claim, **values)
+
+    def _tell(
+        self,
+        event: str,
+        text: str,
+        claim: Claim | None = None,
+        *,
+        line: _Line | None = None,
+        level: int = logging.INFO,
+        **values: Any,
+    ) -> None:
+        """One log record; `line` where the trial has left the board already."""
+        about: dict[str, Any] = {"event": event, "study": self._study}
+        if claim is not None:
+            line = line or self._lines.get(claim.number)
+            text = f"trial {claim.number} {claim.role} {text}"
+            about |= {"trial": claim.number, "role": claim.role}
+            if line and line.node:
+                about["node"] = line.node
+        _log.log(level, "%s", text, extra=about | values)
+
+    def _drop(self, claim: Claim) -> _Line | None:
+        with self._lock:
+            self._running.pop(claim.number, None)
+            return self._lines.pop(claim.number, None)
 
     def _consider(self, value: float, name: str) -> None:
         if self._best is None or value < self._best[0]:
@@ -137,41 +239,61 @@ class Board:
         return "none yet" if self._best is None else f"{self._best[0]:.4g} by {self._best[1]}"
 
     def _time_left(self) -> str:
-        """From the mean duration of finished runs; before the first one, from how far the running ones are."""
+        """From the mean duration of ended runs; before the first one, from how fast the running ones are."""
         now = time.monotonic()
-        controls_left = self._controls - self._controls_done
-        runs_left = (self._trials - self._counted) + controls_left * self._control_runs
-        if runs_left <= 0:
+        controls_left = max(0, self._controls - self._controls_done)
+        runs_left = max(0, self._trials - self._counted) + controls_left * self._control_runs
+        if runs_left == 0:
             return "done"
         lines = [(line, len(line.claim.seeds)) for line in self._lines.values()]
-        known = [(now - line.started) / (line.done * runs) for line, runs in lines if line.done > 0.1]
+        known = [
+            (now - line.started) / ((line.done - line.begun_at) * runs)
+            for line, runs in lines
+            if line.begun_at is not None and line.done - line.begun_at > 0.1
+        ]
         durations = self._durations or known
         if not durations:
             return "time left not known yet"
-        behind = sum(min(line.done, 1.0) * runs for line, runs in lines)
-        seconds = max(0.0, runs_left - behind) * sum(durations) / len(durations) / min(self._slots, runs_left)
-        return f"about {_clock(seconds)} left"
+        behind = sum((self._running | {line.claim.number: line.done * runs for line, runs in lines}).values())
+        at_once = max(1, min(max(self._slots, len(self._running)), runs_left))  # others' slots show by what they run
+        seconds = max(0.0, runs_left - behind) * sum(durations) / len(durations) / at_once
+        return f"about {clock(seconds)} left"
+
+    # -- drawing
 
     def _render(self) -> RenderableType:
         with self._lock:
             total = self._trials + self._controls
             done = self._counted + self._controls_done
-            head = Text.assemble(
-                (f"{self._counted}/{self._trials} trials", "bold"),
-                f", {self._controls_done}/{self._controls} controls; ",
-                f"{_clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
-            )
-            best = Text.assemble(f"best {self._metric} ", (self._best_text(), "bold green"))
-            table = Table(box=None, pad_edge=False, header_style="dim")
-            for column in ("trial", "role", "phase", "kimg", self._metric, ""):
-                table.add_column(column, no_wrap=True)
-            for number, line in sorted(self._lines.items()):
-                value = "" if line.value is None else f"{line.value:.4g}"
-                bar = ProgressBar(total=1.0, completed=line.done, width=16)
-                row = (str(number), line.claim.role, line.phase, f"{line.kimg:.1f}", value, bar)
-                table.add_row(*row)
             bar = ProgressBar(total=max(total, 1), completed=done, width=min(60, self._console.width))
-            return Group(bar, head, best, table)
+            best = Text.assemble(f"best {self._metric} ", (self._best_text(), "bold green"))
+            return Group(bar, self._head(), best, self._table())
+
+    def _head(self) -> Text:
+        head = Text.assemble(
+            (f"{self._counted}/{self._trials} trials", "bold"),
+            f", {self._controls_done}/{self._controls} controls; ",
+            f"{clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
+        )
+        if elsewhere := len(self._running - self._lines.keys()):
+            head.append(f"; {elsewhere} run by other launchers")
+        if self._is_paused:
+            head.append("; PAUSED", style="bold yellow")
+        if self._database_away:
+            head.append("; NO DATABASE", style="bold red")
+        return head
+
+    def _table(self) -> Table:
+        several = len({line.node for line in self._lines.values() if line.node}) > 1
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in ("trial", "role", *(["node"] if several else []), "phase", "kimg", self._metric, ""):
+            table.add_column(column, no_wrap=True)
+        for number, line in sorted(self._lines.items()):
+            value = "" if line.value is None else f"{line.value:.4g}"
+            bar = ProgressBar(total=1.0, completed=line.done, width=16)
+            node = [line.node or ""] if several else []
+            table.add_row(str(number), line.claim.role, *node, line.phase, f"{line.kimg:.1f}", value, bar)
+        return table
 
 
 class Meter:
@@ -240,7 +362,7 @@ class Meter:
         self._bars.update(self._bar, completed=event.done, description=text)
         if not self._console.is_terminal and now - self._said > _LINE_EVERY_S and rate > 0:
             self._said = now
-            self._say(f"{text}, about {_clock((1 - event.done) * self._images / rate)} left")
+            self._say(f"{text}, about {clock((1 - event.done) * self._images / rate)} left")
 
     def _say(self, text: str) -> None:
         self._console.print(Text(text))
@@ -290,7 +412,8 @@ def _shares(claim: Claim) -> str:
     return " ".join(f"{weight / total:.2f}" for weight in claim.weights)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -15,10 +15,10 @@ from urllib.parse import quote
 
 from search import postmaster
 from search.errors import ServerError
-from search.postmaster import PidFile, Place
+from search.postmaster import PidFile, Place, programs
 from search.settings import private_folder
 
-__all__ = ["DATABASE", "ServerStatus", "ensure_running", "find", "status", "stop"]
+__all__ = ["DATABASE", "ServerStatus", "address", "ensure_running", "find", "programs", "status", "stop"]
 
 DATABASE = "bdense"
 _POLL_S = 0.05
@@ -69,6 +69,24 @@ def find(home: Path) -> str | None:
     with _reported(place):
         answer = _ask(place)
     return answer.url if answer.kind is _Kind.READY else None
+
+
+def address(home: Path) -> str:
+    """Where pg_dump, pg_restore and psql find the database, in libpq's words; the server is started where needed.
+
+    It holds no password: the socket needs none, and on Windows it names the file with the password.
+
+    Raises:
+        ServerError: there is no embedded server in this home, or it does not start.
+    """
+    place = Place.below(home)
+    with _reported(place):
+        if not place.folder.exists():
+            raise ServerError(
+                f"there is no embedded PostgreSQL in {place.home} yet; make one with `bdense-weights server start`, "
+                "or set BDENSE_HOME to where it is"
+            )
+    return ensure_running(home).replace("+psycopg2", "", 1)
 
 
 def stop(home: Path, *, timeout_s: float = 60.0) -> bool:
