@@ -1,9 +1,13 @@
-"""Ray: where trials run. Starts a local Ray or joins a cluster, and places one actor per trial."""
+"""Ray: where trials run. Starts a local Ray or joins a cluster, and places one actor per trial.
+
+What Ray Tune does not offer is reached through its controller, and only here: see `Places`.
+"""
 
 import contextlib
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,25 +21,29 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from search.errors import ClusterError
+from search.room import Room
 from search.spec import ResourcesSection
 from search.worker import run_trial
+
+STOP_WITHIN_S = 30
+"""How long an interrupted worker may take for its step and its checkpoint before it is killed."""
 
 _ASK_NODES_EVERY_S = 3.0
 _ANSWER_WITHIN_S = 5.0
 _LOST_AFTER_S = 15.0
+_RELEASE_WITHIN_S = 1.0
 
 
 class TrialActor(tune.Trainable):
     """A Ray actor that runs one trial after the other."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        import torch
-
-        torch.set_num_threads(max(1, int(config.get("threads", 1))))
+        _use_threads(int(config.get("threads", 1)))
         self._results = run_trial(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._results.close()
+        with contextlib.suppress(Exception):  # the trial that was stopped has ended; the next one is not to blame
+            self._results.close()
         self._results = run_trial(new_config["trial"])
         return True
 
@@ -52,46 +60,124 @@ class TrialActor(tune.Trainable):
         """Nothing, as for `save_checkpoint`."""
 
 
+def _use_threads(count: int) -> None:
+    """Without importing torch, which is more than half of a worker's memory where a method has no networks."""
+    count = max(1, count)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)  # what torch reads when it is imported
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
+
+
 @contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
     """A Ray to place work on: a local one that ends with us, or the cluster at `address`.
+
+    Args:
+        num_cpus: what a local Ray takes itself to have; None: the machine's.
 
     Raises:
         ClusterError: it cannot be reached or started.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats at the end which trials failed
     try:
         if address is None:
-            ray.init(address="local", include_dashboard=False, num_cpus=os.cpu_count(), **quiet)
+            ray.init(address="local", include_dashboard=False, num_cpus=num_cpus or os.cpu_count(), **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
-        place = "a local Ray does not start" if address is None else f"no Ray cluster answers at {address}"
-        first = str(error).strip().splitlines()[0]
-        raise ClusterError(f"{place}: {first}; check --ray-address, or leave it out for a local Ray") from error
+        raise ClusterError(_why_not(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def slots(resources: ResourcesSection) -> int:
-    """How many trials fit on the cluster at once.
+def _why_not(address: str | None, error: Exception) -> str:
+    if address is None:
+        return f"a local Ray does not start: {_first_line(error)}; its logs are in /tmp/ray/session_latest/logs"
+    if "Version mismatch" in str(error):
+        return f"the Ray cluster at {address} runs other versions: {' '.join(str(error).split())}; install the same"
+    what = f"no Ray cluster answers at {address}: {_first_line(error)}"
+    return f"{what}; check --ray-address, or leave it out for a local Ray"
 
-    Raises:
-        ClusterError: not even one.
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class Places:
+    """The places on the cluster that Ray Tune holds for our trials, and its trials in them.
+
+    Ray Tune shows its controller to the scheduler alone, which passes it on with `attach` at each step; until then
+    no place is held.
     """
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    fits = total.get("CPU", 0) / resources.cpus
-    if resources.gpus > 0:
-        fits = min(fits, total.get("GPU", 0) / resources.gpus)
-    if fits < 1:
-        raise ClusterError(
-            f"a trial asks for {resources.cpus:g} CPU and {resources.gpus:g} GPU, the cluster has "
-            f"{total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower resources.cpus or resources.gpus"
-        )
-    return min(int(fits + 1e-9), resources.max_parallel or 10**6)
+
+    def __init__(self, resources: ResourcesSection) -> None:
+        self._room = Room(resources)
+        self._controller: Any = None
+
+    def attach(self, tune_controller: Any) -> None:
+        """What Ray Tune hands to `TrialScheduler.choose_trial_to_run`."""
+        if self._controller is None:
+            self._controller = getattr(tune_controller, "_tune_controller", tune_controller)
+            self._controller._actor_force_cleanup_timeout = STOP_WITHIN_S  # Ray Tune's own is 10 s, for all cases
+
+    def total(self) -> int:
+        """As `Room.total`."""
+        return self._room.total()
+
+    def left(self, ours: int) -> int:
+        """How many more trials could start now, `ours` being those that run or wait for a place."""
+        return self._room.left(ours=ours, held=self._num_held())
+
+    def waiting(self) -> set[str]:
+        """The trials that wait for a place; one whose actor is starting does not."""
+        if self._controller is None:
+            return set()
+        return {trial.trial_id for trial in self._controller._pending_trials if self._actor_of(trial) is None}
+
+    def kill(self, tune_id: str) -> None:
+        """End a trial and its process at once, even one that is frozen, and free its place. Nothing if it has ended.
+
+        Ray Tune tells the scheduler of it by `on_trial_error` (`on_trial_remove` if it waited for a place).
+        """
+        trial = self._controller and self._controller.get_trial(tune_id)
+        if trial is None or trial.is_finished():
+            return
+        actor = self._actor_of(trial)
+        if actor is not None:
+            ray.kill(actor)
+            return
+        if trial in self._controller._staged_trials:
+            self._controller._unstage_trial_with_resources(trial)
+        self._controller.stop_trial(trial)
+
+    def release_idle(self) -> None:
+        """Give back places without a trial: Ray Tune keeps one for the next trial, which another launcher may need."""
+        if self._controller is None:
+            return
+        self._controller._cleanup_cached_actors(force_all=True)
+        # With no trial at all Ray Tune only asks the searcher again and again, and would not see actors end.
+        until = time.monotonic() + _RELEASE_WITHIN_S
+        while self._is_empty() and self._controller._stopping_actors and time.monotonic() < until:
+            self._controller._actor_manager.next(timeout=0.1)
+
+    def _is_empty(self) -> bool:
+        return not self._controller._pending_trials and not self._controller._running_trials
+
+    def _num_held(self) -> int:
+        if self._controller is None:
+            return 0
+        live = self._controller._actor_manager._live_actors_to_ray_actors_resources
+        return len(live) - len(live.keys() & self._controller._stopping_actors.keys())
+
+    def _actor_of(self, trial: Any) -> Any:
+        """The Ray actor of a trial, starting or started; None if it has no place yet."""
+        tracked = self._controller._trial_to_actor.get(trial)
+        live = self._controller._actor_manager._live_actors_to_ray_actors_resources
+        return live[tracked][0] if tracked in live else None
 
 
 class _StopWhen(tune.Stopper):
@@ -111,16 +197,16 @@ class _StopWhen(tune.Stopper):
 
 
 class _Tick(tune.Callback):
-    """Tells the service, after each step of Ray Tune, which trials wait for a place. Pickled without what it calls."""
+    """Tells the service of each step of Ray Tune. Pickled without what it calls."""
 
-    def __init__(self, tick: Callable[[set[str]], object]) -> None:
+    def __init__(self, tick: Callable[[], object]) -> None:
         self._tick = tick
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._tick({trial.trial_id for trial in trials if trial.status == "PENDING"})
+        self._tick()
 
     def __reduce__(self) -> Any:
-        return (_Tick, (len,))
+        return (_Tick, (bool,))
 
 
 @contextlib.contextmanager
@@ -164,7 +250,7 @@ def run_all(
     *,
     folder: Path,
     stop_asked: Callable[[], bool],
-    tick: Callable[[set[str]], None],
+    tick: Callable[[], None],
     on_loss: Callable[[], None],
 ) -> None:
     """Run trials as `searcher` hands them out until it is finished or a stop is asked for.
@@ -185,12 +271,14 @@ def run_all(
             stop=_StopWhen(stop_asked),
             callbacks=[_Tick(tick)],
             failure_config=tune.FailureConfig(max_failures=0),
+            # By default a trial fails at its very end on a node that does not see this launcher's folder.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
     try:
         with _watched(on_loss):
             tuner.fit()
     except RayError as error:
-        raise ClusterError(f"the Ray cluster went away: {str(error).splitlines()[0]}; run the command again") from error
+        raise ClusterError(f"the Ray cluster went away: {_first_line(error)}; run the command again") from error
     finally:
         shutil.rmtree(folder / name, ignore_errors=True)  # Tune's own notes; the database has what matters

@@ -17,6 +17,9 @@ _SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # The service alone says how many trials wait for a place; a worker that does not stop is killed.
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "30",
     # A restart reads the database, never Tune's own checkpoint.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
 }

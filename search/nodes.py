@@ -1,0 +1,167 @@
+"""Does every node of a cluster run the code that this launcher runs, and see the folders that it uses?
+
+A node with other code or another torch gives other scores, silently; a study must not mix them.
+"""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from search import room
+from search.errors import ClusterError
+from search.spec import ResourcesSection
+
+_ANSWER_WITHIN_S = 60.0  # a node starts a process for the question, perhaps from a slow network disk
+_JOINED_ANSWER_WITHIN_S = 10.0  # trials run meanwhile, and nobody listens to them while we wait
+_PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "pillow", "clean-fid", "ray")
+_CODE = "bdense-search"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    node: str
+    versions: dict[str, str]
+    unseen: list[str]
+    read_only: list[str]
+
+
+class NodeCheck:
+    """Asks each node once; `run` it again to have the nodes asked that joined since."""
+
+    def __init__(self, resources: ResourcesSection, folders: Sequence[Path] = ()) -> None:
+        """
+        Args:
+            resources: nodes too small for such a trial are not asked.
+            folders: of this machine, there already, that trials will use on theirs.
+        """
+        self._resources = resources
+        self._folders = [str(folder.resolve()) for folder in folders]
+        self._asked: set[str] = set()
+
+    def run(self) -> list[str]:
+        """Ask all nodes that were not asked yet, and wait for their answers; at once if there are none.
+
+        Returns:
+            One warning for each folder that a node does not see or cannot write to.
+
+        Raises:
+            ClusterError: a node has other code or other packages, or cannot import the code; at the first time also:
+                it does not answer. Later that is a warning, and the next `run` asks it again.
+        """
+        new = {
+            node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"] and node["NodeID"] not in self._asked
+            if room.node_of(node).fits(self._resources) >= 1
+        }
+        if not new:
+            return []
+        with _markers(self._folders) as markers:
+            answers, silent = _ask(new, markers, _JOINED_ANSWER_WITHIN_S if self._asked else _ANSWER_WITHIN_S)
+        no_answer = [f"node {new[node_id]} does not answer; look at it with `ray status`" for node_id in silent]
+        if silent and not self._asked:
+            raise ClusterError(f"{no_answer[0]}, or take it out of the cluster")
+        expected = _probe()([])["versions"]
+        if wrong := [text for answer in answers if (text := _differences(answer, expected))]:
+            raise ClusterError(
+                f"{'; '.join(wrong)}. Trials there would not be comparable: install the same code and packages on "
+                "every node, restart Ray there, and launch again"
+            )
+        self._asked |= new.keys() - silent
+        return no_answer + [warning for answer in answers for warning in _warnings(answer)]
+
+
+def _ask(nodes: dict[str, str], markers: list[str], timeout_s: float) -> tuple[list[_Answer], set[str]]:
+    """The answers, and which nodes gave none in time."""
+    questions = {}
+    for node_id in nodes:
+        pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        # no CPU: a node that is busy answers too
+        task = ray.remote(_probe()).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
+        questions[task.remote(markers)] = node_id
+    answered, late = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
+    for question in late:
+        ray.cancel(question, force=True)
+    answers = [_answer(nodes[questions[question]], question) for question in answered]
+    return answers, {questions[question] for question in late}
+
+
+def _answer(name: str, question: Any) -> _Answer:
+    try:
+        return _Answer(name, **ray.get(question))
+    except RayError as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        raise ClusterError(
+            f"node {name} cannot run Python tasks ({last}); look at its Ray logs, or take it out"
+        ) from error
+
+
+def _probe() -> Callable[[list[str]], dict[str, Any]]:
+    """The question. A nested function travels by value, so it reaches nodes that do not have this package."""
+    packages, code = _PACKAGES, _CODE
+
+    def probe(markers: list[str]) -> dict[str, Any]:
+        import os
+        import platform
+        from importlib import metadata
+
+        versions = {"python": platform.python_version()}
+        for name in packages:
+            try:
+                versions[name] = metadata.version(name).partition("+")[0]  # +cpu and +cu128 are one release
+            except metadata.PackageNotFoundError:
+                versions[name] = "missing"
+        try:
+            from search.version import source_fingerprint
+
+            versions[code] = f"source {source_fingerprint()}"
+        except Exception as error:  # noqa: BLE001  # whatever an unknown installation raises is the answer
+            versions[code] = f"not importable: {type(error).__name__}: {error}"
+        unseen = [marker for marker in markers if not os.path.exists(marker)]  # noqa: PTH110
+        read_only = [
+            marker
+            for marker in markers
+            if marker not in unseen and not os.access(os.path.dirname(marker), os.W_OK)  # noqa: PTH120
+        ]
+        return {"versions": versions, "unseen": unseen, "read_only": read_only}
+
+    return probe
+
+
+def _differences(answer: _Answer, expected: dict[str, str]) -> str:
+    theirs = [
+        f"{name} {answer.versions[name]} (here {value})"
+        for name, value in expected.items()
+        if answer.versions[name] != value
+    ]
+    return f"node {answer.node} has {', '.join(theirs)}" if theirs else ""
+
+
+def _warnings(answer: _Answer) -> Iterator[str]:
+    for marker in answer.unseen:
+        yield (
+            f"node {answer.node} does not see this machine's {Path(marker).parent}: what trials keep there stays on "
+            "their node and is lost with it; set BDENSE_HOME to storage that every node has"
+        )
+    for marker in answer.read_only:
+        yield f"node {answer.node} cannot write to {Path(marker).parent}; give Ray's user there the right to"
+
+
+@contextlib.contextmanager
+def _markers(folders: list[str]) -> Iterator[list[str]]:
+    """A file in each folder, by a name that nobody else has: the same path elsewhere may be another folder."""
+    markers = [Path(folder) / f".seen-{secrets.token_hex(8)}" for folder in folders]
+    try:
+        for marker in markers:
+            marker.touch()
+        yield [str(marker) for marker in markers]
+    finally:
+        for marker in markers:
+            marker.unlink(missing_ok=True)
