@@ -1,0 +1,85 @@
+"""The trials of a study, one a line: for people, programs and spreadsheets."""
+
+import csv
+import io
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from search import report
+from search.records import Row
+from search.spec import Study
+
+_KEYS = (
+    "number", "state", "role", "a", "b", "weights", "value", "last_step", "seeds", "duration_s", "started", "ended",
+    "node", "owner", "retry_of", "resumed_from", "enqueued", "code", "protocol", "reason", "notes",
+)  # fmt: skip
+
+
+def trial_record(study: Study, row: Row) -> dict[str, Any]:
+    """A trial as `trials` prints it."""
+    known = report.trial_object(study, row)
+    return {
+        **{key: known[key] for key in ("number", "state", "role", "a", "b", "weights", "value", "last_step", "seeds")},
+        "duration_s": row.duration_s,
+        "started": _moment(row.started),
+        "ended": _moment(row.ended),
+        "node": row.progress.get("node"),
+        "owner": row.owner,
+        "retry_of": row.retry_of,
+        "resumed_from": row.resumed_from,
+        "enqueued": row.is_enqueued,
+        "code": row.code,
+        "protocol": row.protocol,
+        "reason": row.reason,
+        "notes": list(row.notes),
+    }
+
+
+def trials_csv(study: Study, rows: list[Row]) -> str:
+    """One line for each trial: its record, with a column for each branch's weight. What is not known is empty."""
+    lines = [_flat(trial_record(study, row), study.num_branches) for row in rows]
+    text = io.StringIO()
+    columns = _flat(dict.fromkeys(_KEYS), study.num_branches)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat(record: dict[str, Any], num_branches: int) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if key == "weights":
+            flat |= {f"weight_{branch}": None for branch in range(num_branches)}
+            flat |= {f"weight_{branch}": weight for branch, weight in enumerate(value or ())}
+        elif isinstance(value, list):
+            flat[key] = ("; " if key == "notes" else " ").join(str(item) for item in value)
+        else:
+            flat[key] = str(value).lower() if isinstance(value, bool) else value
+    return flat
+
+
+def trials_table(study: Study, rows: list[Row]) -> Table:
+    """One line for each trial, by number."""
+    table = Table(title=f"{study.name}: {study.metric}", title_justify="left")
+    for column in ("trial", "state", "role", "a", "b", "value", "kimg", "seconds", "node", "retry of", "reason"):
+        table.add_column(column, justify="left" if column in ("state", "role", "node", "reason") else "right")
+    for row in rows:
+        known = trial_record(study, row)
+        numbers = ("a", "b", "value", "last_step", "duration_s")
+        table.add_row(
+            str(row.number), row.state, row.role, *(_text(known[key]) for key in numbers),
+            known["node"], _text(row.retry_of), Text(row.reason or "; ".join(row.notes)),
+        )  # fmt: skip
+    return table
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _moment(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat(timespec="milliseconds")

@@ -1,0 +1,86 @@
+"""What `status`, `set` and `trials` work out of rows and leases."""
+
+import csv
+import io
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import pytest
+
+from search.lifecycle import Lease
+from search.listing import trials_csv
+from search.operations import finished_per_hour, is_alive, launchers, takes_effect, time_left
+from search.owner import this_process
+from search.records import Row
+from search.spec import mutable_values
+from tests.rows import row
+from tests.studies import synthetic
+
+NOON = datetime(2026, 1, 1, 12)
+
+
+def ended(number: int, minutes_ago: float, state: str = "COMPLETE") -> Row:
+    end = NOON - timedelta(minutes=minutes_ago)
+    return replace(row(number, state, duration_s=60), started=end - timedelta(minutes=1), ended=end)
+
+
+def lease(owner: str | None = "host|elsewhere|7|1", silent_s: float | None = 1.0) -> Lease:
+    return Lease(number=0, owner=owner, silent_s=silent_s)
+
+
+def test_every_key_that_may_change_says_when_it_takes_effect() -> None:
+    said = {key: takes_effect(key) for key in mutable_values(synthetic())}
+    assert said["budget.trials"] == said["lease.grace_s"] == said["description"] == "at once"
+    assert said["cache.enabled"] == said["checkpoints.every_s"] == "with the next trial"
+    assert {said[key] for key in said if key.startswith("resources.")} == {"with the next launch"}
+    assert said["lease.outage_s"] == said["checkpoints.url"] == "with the next launch"
+
+
+def test_a_lease_is_alive_while_it_was_heard_of_within_the_grace_period_and_its_owner_may_live() -> None:
+    host, system, _, started = this_process().split("|")
+    gone = "|".join([host, system, str(2**22 + 1), started])  # above the largest process number of Linux
+    assert is_alive(lease(), 10) and is_alive(lease(this_process()), 10)
+    assert not is_alive(lease(silent_s=10), 10)
+    assert not any(is_alive(dead, 10) for dead in (lease(None), lease(silent_s=None), lease(gone)))
+
+
+def test_launchers_are_the_distinct_owners_of_live_leases() -> None:
+    other, silent = lease("other|elsewhere|8|1"), lease("silent|elsewhere|9|1", silent_s=99)
+    found = launchers([lease(), other, lease(), silent], 10)
+    assert [(launcher.host, launcher.pid, launcher.trials) for launcher in found] == [("host", 7, 2), ("other", 8, 1)]
+
+
+def test_trials_per_hour_are_those_of_the_last_hour_or_of_a_young_study_scaled_to_one() -> None:
+    assert finished_per_hour([row(0, "RUNNING")], NOON) is None
+    old = [ended(0, 300), ended(1, 59), ended(2, 1, "PRUNED"), ended(3, 1, "FAIL")]
+    assert finished_per_hour(old, NOON) == 2
+    assert finished_per_hour([ended(0, 9), ended(1, 5)], NOON) == pytest.approx(12), "two in ten minutes"
+    assert finished_per_hour([ended(0, 300)], NOON) == 0
+
+
+def test_time_left_counts_training_runs_and_the_trials_that_run_at_once() -> None:
+    study = synthetic("budget.trials=4")
+    done = [row(0, duration_s=10), row(1, role="control:uniform", duration_s=20, seeds=(0, 1))]  # 10 s a run
+    running = [row(2, "RUNNING", fraction=0.5), row(3, "RUNNING", "control:paper", seeds=(0, 1), fraction=0.5)]
+    # 3 searched and 2 control runs are to end, of which 0.5 and 1 are done, two at a time
+    assert time_left(study, done + running) == pytest.approx((3 + 2 - 1.5) * 10 / 2)
+    by_people = [replace(row(4 + i, "WAITING"), is_enqueued=True) for i in range(9)]
+    assert time_left(study, done + running + by_people) == pytest.approx((10 + 2 - 1.5) * 10 / 2)
+
+
+def test_time_left_is_none_where_nothing_is_known_and_zero_where_nothing_is_left() -> None:
+    study = synthetic("budget.trials=1")
+    assert time_left(study, [row(0, "RUNNING")]) is None, "no trial has ended"
+    assert time_left(study, [row(0, role="control:uniform", duration_s=1)]) is None, "no trial runs"
+    assert time_left(study, [row(0, duration_s=1)]) == 0
+
+
+def test_csv_has_the_same_columns_for_every_trial_and_reads_back() -> None:
+    study = synthetic()
+    waiting = replace(row(0, "WAITING"), weights=(), seeds=())
+    noted = replace(row(1, "FAIL", seeds=(3, 4)), reason='a "b",\nc', notes=("one", "two"), weights=(0.1, 0.2, 1 / 3))
+    first, second = csv.DictReader(io.StringIO(trials_csv(study, [waiting, noted])))
+    assert list(first) == list(second) and None not in second
+    assert (first["value"], first["weight_0"], first["seeds"], first["enqueued"]) == ("", "", "", "false")
+    assert (second["seeds"], second["reason"], second["notes"]) == ("3 4", 'a "b",\nc', "one; two")
+    assert float(second["weight_2"]) == 1 / 3
