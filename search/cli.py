@@ -5,35 +5,32 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from bdense_core.errors import BadValue, BDenseError
-from search import model_cli, run_cli
+from search import logs, model_cli, operations_cli, run_cli
 from search.console import (
     check_folder,
     format_option,
     load_settings,
     print_table,
     print_values,
-    say,
+    storage_option,
+    study_option,
     width,
     write,
     yaml_text,
 )
+from search.logs import say
 
 if TYPE_CHECKING:
-    from search.storage import StudyStore
+    from search.storage import Studies, StudyStore
 
 _INTERRUPTED = 130
 _WIDE = 138
 """Columns that a table of trials needs to show everything."""
-
-storage_option = click.option(
-    "--storage", metavar="URL", help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server."
-)
-study_option = click.option("--study", "name", metavar="NAME", required=True, help="The study's name.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,6 +51,18 @@ def commands() -> None:
 @click.option(
     "--dashboard-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port."
 )
+@click.option(
+    "--log-format",
+    default="text",
+    show_default=True,
+    type=click.Choice(logs.FORMATS),
+    help="What goes to standard error: lines for people, or one JSON object a line.",
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Serve Prometheus metrics on 127.0.0.1; 0: any free port.  [default: none are served]",
+)
 @format_option("table", "json")
 def launch(
     file: Path | None,
@@ -65,11 +74,15 @@ def launch(
     dry_run: bool,
     no_dashboard: bool,
     dashboard_port: int,
+    log_format: str,
+    metrics_port: int | None,
     form: str,
 ) -> None:
     """Create or resume a study and run it. Without a file: the quickstart on the digits."""
     _hide_password(storage)
+    logs.configure(log_format)
     from search import launch as launching
+    from search import quality
     from search.study_file import load_study, studies_folder
 
     if trials is not None:
@@ -82,6 +95,8 @@ def launch(
         models=settings.models,
         tolerate_missing=dry_run,
     )
+    for note in quality.notes(study):
+        say(f"note: {note}")
     if dry_run:
         from search.plan import plan
 
@@ -93,7 +108,14 @@ def launch(
             for line in missing:
                 click.echo(f"  - {line}")
         return
-    outcome = launching.launch(study, settings, with_dashboard=not no_dashboard, dashboard_port=dashboard_port)
+    logs.configure(log_format, study=study.name)
+    outcome = launching.launch(
+        study,
+        settings,
+        with_dashboard=not no_dashboard,
+        dashboard_port=dashboard_port,
+        metrics_port=metrics_port,
+    )
     if outcome.interrupted:
         again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])])
         say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
@@ -133,8 +155,7 @@ def list_studies(storage: str | None, form: str) -> None:
 
     from search import report
 
-    database = _database(storage)
-    summaries = [store.summary() for store in database.ours()]
+    summaries = [store.summary() for store in _studies(storage).ours()]
     if form == "json":
         click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2))
     else:
@@ -173,7 +194,7 @@ def dashboard(storage: str | None, port: int, host: str) -> None:
     from search.launch import found_storage_url
 
     url = found_storage_url(load_settings(storage))
-    _database(storage).close()
+    _studies(storage).database.close()
     if host not in ("127.0.0.1", "localhost", "::1"):
         say(f"warning: everybody who can reach {host}:{port} can see and delete the studies; there is no login")
     serving.serve(url, host, port, say=lambda address: say(f"dashboard: {address} (Ctrl-C ends it)"))
@@ -197,20 +218,35 @@ def doctor(storage: str | None, form: str) -> None:
 
 
 @commands.command()
-@click.argument("action", type=click.Choice(["status", "stop"]), default="status")
+@click.argument("action", type=click.Choice(["status", "start", "stop", "url", "bin"]), default="status")
 def server(action: str) -> None:
-    """The embedded PostgreSQL: is it running, or stop it. A launch starts it."""
+    """The embedded PostgreSQL. Whoever needs it starts it; it runs on until it is stopped.
+
+    \b
+    status  is it running, and where
+    start   start it, and make it if there is none
+    stop    end it; its data stay
+    url     its address for pg_dump, pg_restore and psql; it is started where needed
+    bin     the folder with these programs
+    """
     from search import server as embedded
 
-    settings = load_settings(None)
-    if action == "stop":
-        say("stopped" if embedded.stop(settings.home) else "it was not running")
-        return
-    state = embedded.status(settings.home)
-    click.echo(f"running: {state.running}\ndata: {state.data_folder}\nlog: {state.log_path}")
+    home = load_settings(None).home
+    if action == "start":
+        embedded.ensure_running(home)
+        say("running")
+    elif action == "stop":
+        say("stopped" if embedded.stop(home) else "it was not running")
+    elif action == "url":
+        click.echo(embedded.address(home))
+    elif action == "bin":
+        click.echo(embedded.programs())
+    else:
+        state = embedded.status(home)
+        click.echo(f"running: {state.running}\ndata: {state.data_folder}\nlog: {state.log_path}")
 
 
-for _command in (*model_cli.COMMANDS, *run_cli.COMMANDS):
+for _command in (*operations_cli.COMMANDS, *model_cli.COMMANDS, *run_cli.COMMANDS):
     commands.add_command(_command)
 
 
@@ -218,21 +254,24 @@ def main(
     arguments: list[str] | None = None, *, command: click.Command = commands, prog_name: str = "bdense-weights"
 ) -> NoReturn:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure()
     try:
         command.main(arguments, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except BDenseError as error:
-        say(f"error: {error}")
+        say(f"error: {error}", level=logging.ERROR)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if _is_database_error(error):
-            say("error: the database went away; finished trials are kept. Run the same command again once it is back")
+            say(
+                "error: the database went away; finished trials are kept. Run the same command again once it is back",
+                level=logging.ERROR,
+            )
             sys.exit(1)
         raise
     sys.exit(0)
@@ -250,16 +289,14 @@ def _is_database_error(error: Exception) -> bool:
     return cause is not None or "sqlalchemy.exc." in str(error)
 
 
-def _database(storage: str | None) -> Any:
-    from search.launch import found_storage_url
-    from search.storage import Database
+def _studies(storage: str | None) -> "Studies":
+    from search.launch import found_studies
 
-    return Database(found_storage_url(load_settings(storage)))
+    return found_studies(load_settings(storage))
 
 
 def _open(name: str, storage: str | None) -> "StudyStore":
-    store: StudyStore = _database(storage).open(name)
-    return store
+    return _studies(storage).open(name)
 
 
 def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
@@ -272,6 +309,8 @@ def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
     print_table(report.trial_table(store, rows, top=None if full else 5, wide=width() >= _WIDE))
     print_table(report.spread_table(rows))
     click.echo(report.verdict(rows))
+    for note in report.notes(store, rows):
+        click.echo(f"note: {note}")
     if full and (best := report.ranked(rows, searched_only=True)):
         print_table(report.curve_table(best[0]))
 

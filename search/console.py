@@ -1,4 +1,4 @@
-"""What all commands share: how they talk, which settings they read, how they write files."""
+"""What all commands share: which settings they read, how they print results and write files."""
 
 import json
 import os
@@ -14,6 +14,10 @@ from search.settings import Settings
 _WITHOUT_TERMINAL = 160
 """Columns of a table in a file: room for all of it."""
 
+storage_option = click.option(
+    "--storage", metavar="URL", help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server."
+)
+study_option = click.option("--study", "name", metavar="NAME", required=True, help="The study's name.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:NUMBER.")
 threads_option = click.option(
     "--threads",
@@ -36,11 +40,6 @@ def format_option(*choices: str) -> Callable[[Any], Any]:
     return click.option(
         "--format", "form", type=click.Choice(choices), default=choices[0], show_default=True, help="Output."
     )
-
-
-def say(text: str) -> None:
-    """To the person, on standard error: results alone go to standard output."""
-    click.echo(text, err=True)
 
 
 def load_settings(storage: str | None = None, ray_address: str | None = None) -> Settings:

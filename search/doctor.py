@@ -45,8 +45,8 @@ def _try(problems: list[str], action: Callable[[], Any]) -> Any:
 
 
 def _storage(settings: Settings) -> str:
+    from search.database import Database
     from search.launch import storage_url
-    from search.storage import Database
 
     url = storage_url(settings)
     Database(url).close()

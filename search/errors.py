@@ -4,6 +4,7 @@
       StorageError              the database, or what is (not) in it
         StudyNotFound           no study of that name; the message lists the names there are
         StudyExists             the name is taken by a study with other settings
+        StudyBusy               trials of it are running, so it is not deleted
         NothingFinished         no trial has ended, so there is nothing to show or export
         LeaseLost               the trial belongs to somebody else now; its result is dropped
         ServerError             the embedded PostgreSQL does not start, answer or stop
@@ -25,6 +26,7 @@ __all__ = [
     "NothingFinished",
     "ServerError",
     "StorageError",
+    "StudyBusy",
     "StudyExists",
     "StudyNotFound",
 ]
@@ -40,6 +42,10 @@ class StudyNotFound(StorageError):
 
 class StudyExists(StorageError):
     """The name is taken by a study whose settings differ; nothing was changed."""
+
+
+class StudyBusy(StorageError):
+    """Trials of the study are running; it was left as it is."""
 
 
 class NothingFinished(StorageError):

@@ -1,29 +1,38 @@
 """One launch of a study, start to end: check, open, place, wait, tell."""
 
 import contextlib
+import json
+import logging
 import os
 import shlex
 import shutil
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bdense_core.errors import BDenseError
-from search import dashboard, ray_environment, server
+from search import dashboard, logs, ray_environment, server
+from search.checkpoints import Checkpoints
+from search.database import Database
 from search.errors import StorageError
+from search.logs import say
+from search.metrics import Metrics
 from search.preflight import preflight
 from search.settings import Settings, mask
 from search.spec import Study
-from search.storage import Database, StudyStore
+from search.storage import Studies, StudyStore
 
 if TYPE_CHECKING:
+    from search.nodes import NodeCheck
     from search.scheduling import Conductor
 
 _FIGURES_EVERY_S = 15.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +41,9 @@ class Outcome:
 
     store: StudyStore
     interrupted: bool
-    given_back: int
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    by_order: bool = False
+    """Whether it was `bdense-weights stop` that interrupted it."""
+    given_back: int = 0
 
 
 def storage_url(settings: Settings) -> str:
@@ -62,7 +69,18 @@ def found_storage_url(settings: Settings) -> str:
     return storage_url(settings)
 
 
-def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int) -> Outcome:
+def found_studies(settings: Settings) -> Studies:
+    """The studies of the database that there is.
+
+    Raises:
+        StorageError: there is none yet, or it cannot be used.
+    """
+    return Studies(Database(found_storage_url(settings)))
+
+
+def launch(
+    study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int, metrics_port: int | None = None
+) -> Outcome:
     """Create or resume the study and run what is missing.
 
     Raises:
@@ -70,63 +88,116 @@ def launch(study: Study, settings: Settings, *, with_dashboard: bool, dashboard_
     """
     preflight(study, settings)
     ray_environment.check_reachable(settings.ray_address)
-    url = storage_url(settings)
-    lease = study.spec.lease
-    database = Database(url, heartbeat_s=lease.heartbeat_s, grace_s=lease.grace_s, max_retries=lease.max_retries)
-    store = database.create_or_resume(study)
-    place = mask(url) if settings.storage else f"the embedded PostgreSQL of {settings.home}"
-    say(f"study {study.name} in {place}")
-    if lost := store.reap():
-        say(f"{lost} lost trial(s) of an earlier launch put back into the queue")
-    if store.is_done():
-        say(f"nothing left to do: {study.spec.budget.trials} trials and all controls have ended")
-        return Outcome(store=store, interrupted=False, given_back=0)
+    metrics = Metrics(study.name)
     with contextlib.ExitStack() as stack:
+        if metrics_port is not None:
+            say(f"metrics: {stack.enter_context(metrics.served(metrics_port))}")
+        url = storage_url(settings)
+        store = _open(study, url, settings)
+        if store.is_done():
+            say(f"nothing left to do: {store.study.spec.budget.trials} trials and all controls have ended")
+            return Outcome(store=store, interrupted=False)
         if with_dashboard:
-            address = stack.enter_context(dashboard.running(url, port=dashboard_port))
-            say(f"dashboard: {address}")
-        return _run(store, settings)
+            say(f"dashboard: {stack.enter_context(dashboard.running(url, port=dashboard_port))}")
+        return _run(store, settings, metrics)
 
 
-def _run(store: StudyStore, settings: Settings) -> Outcome:
+def _open(study: Study, url: str, settings: Settings) -> StudyStore:
+    """The study in the database, with whatever an earlier launch lost back in its queue."""
+    database = Database(url, patience_s=study.spec.lease.outage_s, revive=_revive(settings))
+    store = Studies(database).create_or_resume(study)
+    place = database.address if settings.storage else f"the embedded PostgreSQL of {settings.home}"
+    say(f"study {study.name} in {place}")
+    for key, value in store.kept.items():
+        say(f"{key} stays {json.dumps(value)}, as it was set; `bdense-weights set` changes it")
+    if lost := store.trials.reap().lost:
+        say(f"{lost} lost trial(s) of an earlier launch put back into the queue")
+    return store
+
+
+def _revive(settings: Settings) -> Callable[[], object] | None:
+    """How to bring the database back: the embedded server by starting it; another is not ours to start."""
+    return None if settings.storage else lambda: server.ensure_running(settings.home)
+
+
+def checkpoints(study: Study, settings: Settings) -> Checkpoints | None:
+    """Where the study's running trials keep their state."""
+    section = study.spec.checkpoints
+    return Checkpoints(section.url or settings.checkpoints) if section.enabled else None
+
+
+def _run(store: StudyStore, settings: Settings, metrics: Metrics) -> Outcome:
     ray_environment.prepare(settings.ray_address)
     from search import placement
     from search.progress import Board
-    from search.scheduling import AskOptuna, CarryDecisions, Conductor
+    from search.scheduling import AskOptuna, CarryDecisions, Conductor, every
 
     study = store.study
+    kept_at = checkpoints(study, settings)
+    if kept_at is not None:
+        settings.create(settings.checkpoints)
+        kept_at.prepare()
     with placement.cluster(settings.ray_address):
-        slots = placement.slots(study.spec.resources)
+        logs.gather()
+        nodes = _node_check(study, settings, kept_at)
+        places = placement.Places(study.spec.resources)
         board = Board(
+            study=study.name,
             metric=study.metric,
             trials=study.spec.budget.trials,
             controls=len(study.controls()),
             control_runs=study.spec.seeds.control_repeats,
-            slots=slots,
+            slots=places.total(),
+            metrics=metrics,
         )
-        board.resume(store.rows(), store.counts())
-        conductor = Conductor(
-            store, board, slots=slots, cache_root=settings.cache, max_failures=study.spec.budget.max_failures
-        )
+        board.refresh(store.rows(), store.counts())
+        store.database.on_outage = board.outage
+        conductor = Conductor(store, board, places, nodes, cache_root=settings.cache, checkpoints=kept_at)
+        figures = every(_FIGURES_EVERY_S, lambda: _save_figures(store))
+
+        def tick() -> None:
+            conductor.tick()
+            figures()
+
         try:
-            with board, _stops_on_interrupt(conductor):
+            with board, _stops_on_interrupt(conductor, store.database.hurry):
                 placement.run_all(
                     AskOptuna(conductor),
-                    CarryDecisions(conductor),
+                    CarryDecisions(conductor, places),
                     study.spec.resources,
                     folder=settings.create(settings.ray),
                     stop_asked=conductor.stopping,
                     on_loss=lambda: _leave(conductor),
-                    tick=_both(conductor.tick, _every(_FIGURES_EVERY_S, lambda: _save_figures(store))),
+                    tick=tick,
                 )
         except KeyboardInterrupt:
             conductor.stop_requested = True
         finally:
             given_back = conductor.give_back_all()
-        _save_figures(store)
         if conductor.fatal:
             raise BDenseError(f"{conductor.fatal}. Stopped; finished trials are kept")
-        return Outcome(store=store, interrupted=conductor.stop_requested, given_back=given_back)
+        _save_figures(store)
+        return Outcome(
+            store=store,
+            interrupted=conductor.stop_requested,
+            by_order=conductor.stopped_by_order,
+            given_back=given_back,
+        )
+
+
+def _node_check(study: Study, settings: Settings, kept_at: Checkpoints | None) -> "NodeCheck | None":
+    """Whether all nodes of a cluster run this code, and see the folders that trials need; asked for the first time."""
+    from search.nodes import NodeCheck
+
+    if settings.ray_address is None:
+        return None
+    folders = [settings.create(settings.cache)] if study.spec.method.needs_teacher else []
+    if kept_at is not None and "://" not in kept_at.root:
+        folders.append(Path(kept_at.root))
+    check = NodeCheck(study.spec.resources, folders)
+    for warning in check.run():
+        say(f"warning: {warning}", level=logging.WARNING)
+    return check
 
 
 def _leave(conductor: "Conductor") -> None:
@@ -134,20 +205,22 @@ def _leave(conductor: "Conductor") -> None:
     given_back = conductor.give_back_all()
     say(
         f"error: the Ray cluster went away; {given_back} running trial(s) went back into the queue. "
-        "Run the same command again"
+        "Run the same command again",
+        level=logging.ERROR,
     )
     os._exit(1)
 
 
 @contextlib.contextmanager
-def _stops_on_interrupt(conductor: "Conductor") -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks for a clean end, the second one ends at once."""
+def _stops_on_interrupt(conductor: "Conductor", hurry: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for a clean end, the second one ends at once. No database is waited for then."""
 
     def ask(_signal: int, _frame: object) -> None:
         if conductor.stop_requested:
             raise KeyboardInterrupt
         conductor.stop_requested = True
-        say("stopping: running trials go back into the queue (once more to stop at once)")
+        hurry.set()
+        say("stopping: running trials keep their state and go back into the queue (once more to stop at once)")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -160,28 +233,10 @@ def _stops_on_interrupt(conductor: "Conductor") -> Iterator[None]:
 def _save_figures(store: StudyStore) -> None:
     from search import figures
 
-    figures.save_to_dashboard(store)
-
-
-def _every(seconds: float, action: Any) -> Any:
-    """A callable that runs `action` at most once in so many seconds."""
-    last = time.monotonic()
-
-    def tick() -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            action()
-            last = time.monotonic()
-
-    return tick
-
-
-def _both(first: Callable[[set[str]], None], second: Callable[[], None]) -> Callable[[set[str]], None]:
-    def tick(pending: set[str]) -> None:
-        first(pending)
-        second()
-
-    return tick
+    try:
+        store.database.outlast(lambda: figures.save_to_dashboard(store))
+    except StorageError as error:  # the conductor meets the same trouble, and decides
+        log.warning("the dashboard's figures were not renewed: %s", error)
 
 
 def export_command(study: str, storage: str | None) -> str:

@@ -8,7 +8,8 @@ from bdense_core import assets
 from bdense_core.errors import BadValue
 from bdense_core.protocol import INCEPTION
 from search.catalogue import CATALOGUE, entry
-from search.console import device_option, format_option, load_settings, print_values, say, threads_option
+from search.console import device_option, format_option, load_settings, print_values, threads_option
+from search.logs import say
 
 _path = click.Path(path_type=Path)
 dataset_option = click.option(

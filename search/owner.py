@@ -32,6 +32,12 @@ def is_dead_here(owner: str) -> bool:
         return False
 
 
+def host_and_pid(owner: str) -> tuple[str, int]:
+    """The machine and the process of an owner, for people."""
+    host, _, pid, _ = owner.split("|")
+    return host, int(pid)
+
+
 @cache
 def _system() -> str:
     """The space that process numbers belong to: this host, this boot, this container."""

@@ -1,6 +1,8 @@
 """What the database holds, as plain records: no Optuna here, so tables and figures need none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 
 from bdense_core.weights import Weights, shares
 
@@ -13,6 +15,8 @@ class Claim:
     """A trial that this launcher owns: what to run."""
 
     number: int
+    origin: int
+    """The first trial of its chain of retries: itself, if it is none."""
     role: str
     weights: Weights
     seeds: tuple[int, ...]
@@ -42,9 +46,22 @@ class Row:
     reason: str | None
     is_final: bool
     """A failure of the run itself: it would fail again, so nobody retries it."""
+    is_enqueued: bool
+    """A person's own proposal."""
     owner: str | None
     retry_of: int | None
+    """The first trial of its chain of retries."""
     protocol: str | None
+    code: str | None = None
+    """The version of the code that ran it."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """What a running trial said last: node, pid, kimg, fraction, phase, kimg_per_s."""
+    notes: tuple[str, ...] = ()
+    """What its worker had to say, such as a checkpoint that could not be written."""
+    resumed_from: float | None = None
+    """The kimg at which it went on from a checkpoint."""
+    started: datetime | None = None
+    ended: datetime | None = None
 
     @property
     def shares(self) -> Weights:
@@ -63,6 +80,16 @@ class Row:
     def by_seed(self) -> dict[int, float]:
         """The last score on every training seed."""
         return {} if self.last_step is None else self.over_seeds(self.last_step)
+
+    @property
+    def origin(self) -> int:
+        """The first trial of its chain of retries: itself, if it is none."""
+        return self.number if self.retry_of is None else self.retry_of
+
+    @property
+    def runs_in_any_case(self) -> bool:
+        """Whether it runs although the study's total is reached."""
+        return self.is_control or self.is_enqueued
 
     @property
     def is_search(self) -> bool:

@@ -13,10 +13,10 @@ from search.console import (
     format_option,
     load_settings,
     print_values,
-    say,
     threads_option,
     use_threads,
 )
+from search.logs import say
 
 if TYPE_CHECKING:
     from bdense_core.weights import Weights

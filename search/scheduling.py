@@ -1,67 +1,117 @@
 """What runs next and what stops: Optuna's decisions carried to Ray, and Ray's news carried to the database."""
 
 import contextlib
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from sqlalchemy.exc import SQLAlchemyError
 
-from search.errors import LeaseLost, StorageError
+from bdense_core.errors import BDenseError
+from search.checkpoints import Checkpoints
+from search.errors import ClusterError, LeaseLost, StorageError
+from search.nodes import NodeCheck
+from search.placement import Places
 from search.progress import Board
 from search.records import Claim
 from search.storage import StudyStore
+from search.version import source_fingerprint
 from search.worker import payload
 
 _ASK_AGAIN_S = 1.0
+_FOLLOW_EVERY_S = 2.0
 _REAP_EVERY_S = 5.0
+_SWEEP_EVERY_S = 60.0
+_LOOK_FOR_NODES_EVERY_S = 10.0
+
+T = TypeVar("T")
+_Next = dict[str, Any] | str | None
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Running:
     claim: Claim
     beat: float
+    notes: list[str] = field(default_factory=list)
+    pace: tuple[float, float] | None = None
+    """The time and the kimg of its first event: what its rate is counted from."""
 
 
 class Conductor:
     """One launch of a study: which trials are ours, and what becomes of them."""
 
-    def __init__(self, store: StudyStore, board: Board, *, slots: int, cache_root: Path, max_failures: int) -> None:
+    def __init__(
+        self,
+        store: StudyStore,
+        board: Board,
+        places: Places,
+        nodes: NodeCheck | None = None,
+        *,
+        cache_root: Path,
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        """`nodes`: asks the nodes of a cluster that join while the study runs."""
         self._store = store
+        self._trials = store.trials
         self._board = board
-        self._slots = slots
+        self._places = places
+        self._nodes = nodes
         self._cache_root = cache_root
-        self._max_failures = max_failures
+        self._checkpoints = checkpoints
+        self._threads = int(store.study.spec.resources.cpus)  # as the places of this launch are, whatever is edited
         self._running: dict[str, _Running] = {}
         self._asked = 0.0
-        self._reaped = 0.0
         self._failures = 0.0
+        self._paused = False
+        self._first_orders: str | None = None
         self.stop_requested = False
+        self.stopped_by_order = False
         self.fatal: str | None = None
+        self._chores = [
+            every(_FOLLOW_EVERY_S, self._follow),
+            every(_REAP_EVERY_S, self._reap),
+            every(_SWEEP_EVERY_S, self._sweep),
+            every(_LOOK_FOR_NODES_EVERY_S, self._ask_new_nodes),
+        ]
 
     # -- asked by Ray
 
-    def next(self, tune_id: str) -> dict[str, Any] | str | None:
+    def next(self, tune_id: str) -> _Next:
         """The configuration of the next trial; None for "not now"; `Searcher.FINISHED` for "no more"."""
+        self.tick()  # with no trial at all Ray Tune asks this alone, for minutes
+        finished: _Next = str(Searcher.FINISHED)
         if self.stopping():
-            return str(Searcher.FINISHED)
-        now = time.monotonic()
-        if len(self._running) >= self._slots or now - self._asked < _ASK_AGAIN_S:
+            return finished
+        if self._paused and not self._running:
+            return self._or_end(self._idle, finished)
+        if self._paused or time.monotonic() - self._asked < _ASK_AGAIN_S or not self._places.left(len(self._running)):
             return None
-        claim = self._store.claim()
+        return self._or_end(lambda: self._next(tune_id), finished)
+
+    def _idle(self) -> _Next:
+        """Nothing of ours runs, and nothing is to start now: leave the places to others, and end if all is done."""
+        self._places.release_idle()
+        return str(Searcher.FINISHED) if self._store.is_done() else None
+
+    def _next(self, tune_id: str) -> _Next:
+        claim = self._trials.claim()
         if claim is None:
-            self._asked = now
-            return str(Searcher.FINISHED) if not self._running and self._store.is_done() else None
-        self._running[tune_id] = _Running(claim, now)
+            self._asked = time.monotonic()
+            return None if self._running else self._idle()
+        self._running[tune_id] = _Running(claim, time.monotonic())
         self._board.started(claim)
         study = self._store.study
         task = study.task(claim.weights, claim.seeds[0], cache_root=self._cache_root)
+        location = self._checkpoints.location(self._store.key, claim.origin) if self._checkpoints else None
         return {
-            "trial": payload(study.spec.method, task, claim.seeds),
-            "threads": int(study.spec.resources.cpus),
+            "trial": payload(study.spec.method, task, claim.seeds, checkpoint=location, code=source_fingerprint()),
+            "threads": self._threads,
         }
 
     def on_result(self, tune_id: str, result: dict[str, Any]) -> str:
@@ -70,90 +120,172 @@ class Conductor:
         if running is None:
             return str(TrialScheduler.STOP)
         try:
-            return self._store_result(tune_id, running, result)
+            return self._or_end(lambda: self._store_result(tune_id, running, result), str(TrialScheduler.STOP))
         except LeaseLost as error:
-            self._end(tune_id)
-            self._board.note(str(error))
+            self._lost(tune_id, str(error))
             return str(TrialScheduler.STOP)
 
     def _store_result(self, tune_id: str, running: _Running, result: dict[str, Any]) -> str:
         claim = running.claim
         if result["event"] == "failed":
             retry = result.get("retry", False)
-            # A proposal that fails in each of its attempts counts once, whoever's fault it is: a full disk stays full.
-            self._failures += 1 / (1 + self._store.study.spec.lease.max_retries) if retry else 1
             self._fail(tune_id, result["reason"], retry=retry, detail=result.get("detail"))
             return str(TrialScheduler.STOP)
+        about = self._about(running, result)
         self._board.progressed(claim, result)
         if result["event"] == "progress":
-            self._beat(running)
+            self._beat(running, about)
             return str(TrialScheduler.CONTINUE)
         step, value, done = int(result["kimg"]), float(result["value"]), bool(result["done"])
         if step not in claim.reported:
             may_prune = not done and not claim.is_control
-            if self._store.report(claim.number, value, step, may_prune=may_prune):
-                self._store.prune(claim.number)
+            if self._trials.report(claim.number, value, step, may_prune=may_prune, **about):
+                self._trials.prune(claim.number)
                 self._board.ended(claim, "PRUNED", value)
                 self._end(tune_id)
                 return str(TrialScheduler.STOP)
         if done:
-            self._store.complete(claim.number, value, result["repeats"])
+            if repeats := result["repeats"]:
+                about["repeats"] = [list(score) for score in repeats]
+            self._trials.complete(claim.number, value, **about)
             self._board.ended(claim, "COMPLETE", value)
             self._end(tune_id)
             self._failures = 0.0
         return str(TrialScheduler.CONTINUE)
 
+    def _about(self, running: _Running, result: dict[str, Any]) -> dict[str, Any]:
+        """What is kept of a worker's event beside its value."""
+        now, kimg = time.monotonic(), float(result["kimg"])
+        if running.pace is None or kimg < running.pace[1]:  # a further training seed begins anew
+            running.pace = now, kimg
+        since, begin = running.pace
+        progress = {key: result.get(key) for key in ("node", "pid", "kimg", "fraction", "phase", "loss")}
+        progress["kimg_per_s"] = round((kimg - begin) / (now - since), 6) if now > since else None
+        about: dict[str, Any] = {"progress": progress}
+        if result.get("resumed") is not None:
+            about["resumed_from"] = result["resumed"]
+        if note := result.get("note"):
+            running.notes.append(str(note))
+            about["notes"] = running.notes
+        return about
+
     def on_lost(self, tune_id: str, reason: str) -> None:
         """A trial ended without a result: its actor, its node or its memory is gone."""
         if tune_id in self._running and not self.stopping():  # while stopping it is given back with the others
             try:
-                self._fail(tune_id, reason, retry=True)
+                self._or_end(lambda: self._fail(tune_id, reason, retry=True), None)
             except LeaseLost as error:
-                self._end(tune_id)
-                self._board.note(str(error))
+                self._lost(tune_id, str(error))
 
     def stopping(self) -> bool:
         return self.stop_requested or self.fatal is not None
 
     # -- asked by the launcher
 
-    def tick(self, pending: set[str]) -> None:
-        """Now and then: free trials that others lost, and keep ours alive that wait for a place on the cluster."""
-        now = time.monotonic()
-        for tune_id in pending & self._running.keys():
+    def tick(self) -> None:
+        """Now and then: follow orders, free trials that others lost, keep ours alive that wait for a place."""
+        if self.stopping():
+            return
+        self._or_end(self._beat_for_those_that_wait, None)
+        for chore in self._chores:
+            self._or_end(chore, None)
+
+    def _beat_for_those_that_wait(self) -> None:
+        for tune_id in self._places.waiting() & self._running.keys():
             with contextlib.suppress(LeaseLost):
-                self._beat(self._running[tune_id])
-        if now - self._reaped >= _REAP_EVERY_S:
-            self._reaped = now
-            if lost := self._store.reap():
-                self._board.note(f"{lost} lost trial(s) put back into the queue")
+                self._beat(self._running[tune_id], {})
+
+    def _follow(self) -> None:
+        orders = self._store.follow()
+        if self._first_orders is None:
+            self._first_orders = orders.stop
+        if orders.stop != self._first_orders:
+            self._board.note("stopping, as asked by `bdense-weights stop`: running trials go back into the queue")
+            self.stop_requested = self.stopped_by_order = True
+        if orders.paused != self._paused:
+            self._paused = orders.paused
+            self._board.paused(orders.paused)
+
+    def _reap(self) -> None:
+        reaped = self._trials.reap()
+        if reaped.lost:
+            self._board.note(f"{reaped.lost} lost trial(s) put back into the queue")
+        for tune_id in [key for key, running in self._running.items() if running.claim.number in reaped.ours]:
+            self._places.kill(tune_id)  # its worker is frozen, or works for nothing
+            self._lost(tune_id, "it lost its lease; its worker is stopped")
+        self._board.refresh(
+            self._store.rows(),
+            self._store.counts(),
+            trials=self._store.study.spec.budget.trials,
+            slots=self._places.total(),
+        )
+
+    def _ask_new_nodes(self) -> None:
+        for warning in self._nodes.run() if self._nodes else ():
+            self._board.note(warning)
+
+    def _sweep(self) -> None:
+        """Remove the checkpoints of trials that have ended. Listed before the rows are read: no new trial is hit."""
+        if self._checkpoints is None:
+            return
+        try:
+            stored = self._checkpoints.trials(self._store.key)
+        except BDenseError as error:  # that the storage is away concerns running trials, and they say so
+            log.warning("%s", error)
+            return
+        still_open = {row.origin for row in self._store.rows() if row.state in ("RUNNING", "WAITING")} if stored else ()
+        for origin in stored:
+            if origin not in still_open:
+                self._checkpoints.remove(self._store.key, origin)
 
     def give_back_all(self) -> int:
         """Put our unfinished trials back into the queue; how many there were."""
         claims = [running.claim for running in self._running.values()]
         self._running.clear()
         for claim in claims:
-            with contextlib.suppress(SQLAlchemyError, StorageError):  # without a database its lease expires by itself
-                self._store.give_back(claim.number)
+            with contextlib.suppress(StorageError):  # without a database its lease expires by itself
+                self._trials.give_back(claim.number)
+        with contextlib.suppress(StorageError):
+            self._sweep()
         return len(claims)
 
-    def _beat(self, running: _Running) -> None:
+    # -- within
+
+    def _beat(self, running: _Running, about: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now - running.beat >= self._store.study.spec.lease.heartbeat_s / 3:
+        is_due = now - running.beat >= self._store.study.spec.lease.heartbeat_s / 3
+        if is_due or about.keys() & {"notes", "resumed_from"}:  # these come once
             running.beat = now
-            self._store.beat(running.claim.number)
+            self._trials.beat(running.claim.number, **about)
 
     def _fail(self, tune_id: str, reason: str, *, retry: bool, detail: str | None = None) -> None:
-        claim = self._running[tune_id].claim
-        self._store.fail(claim.number, reason, retry=retry, detail=detail)
+        claim, spec = self._running[tune_id].claim, self._store.study.spec
+        again = self._trials.fail(claim.number, reason, retry=retry, detail=detail)
         self._end(tune_id)
-        self._board.failed(claim, reason)
-        if self._failures > self._max_failures - 1e-6:
-            self.fatal = f"{self._max_failures} trials in a row failed in this launch, the last one: {reason}"
+        self._board.failed(claim, reason, retry=again)
+        # A proposal that fails in each of its attempts counts once, whoever's fault it is: a full disk stays full.
+        self._failures += 1 / (1 + spec.lease.max_retries) if retry else 1
+        if self._failures > spec.budget.max_failures - 1e-6:
+            self.fatal = f"{spec.budget.max_failures} trials in a row failed in this launch, the last one: {reason}"
+
+    def _lost(self, tune_id: str, reason: str) -> None:
+        claim = self._running[tune_id].claim
+        self._end(tune_id)
+        self._board.lost(claim, reason)
 
     def _end(self, tune_id: str) -> None:
         self._running.pop(tune_id, None)
         self._asked = 0.0
+
+    def _or_end(self, action: Callable[[], T], otherwise: T) -> T:
+        """The action's result. A database that stays away, or a node of other code, ends the launch with its reason."""
+        try:
+            return action()
+        except LeaseLost:
+            raise
+        except (StorageError, ClusterError) as error:
+            self.fatal = str(error)
+            return otherwise
 
 
 class _NotPickled:
@@ -189,9 +321,14 @@ class AskOptuna(_NotPickled, Searcher):
 class CarryDecisions(_NotPickled, FIFOScheduler):
     """Ray Tune's news put to the conductor, and its decision carried back."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor, places: Places) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._conductor = conductor
+        self._places = places
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        self._places.attach(tune_controller)
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return self._conductor.on_result(trial.trial_id, result)
@@ -202,6 +339,19 @@ class CarryDecisions(_NotPickled, FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self._conductor.on_lost(trial.trial_id, f"its worker was lost: {_cause(trial)}")
+
+
+def every(seconds: float, action: Callable[[], object]) -> Callable[[], None]:
+    """A callable that runs `action` at most once in so many seconds."""
+    last = 0.0
+
+    def now_and_then() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            action()
+            last = time.monotonic()
+
+    return now_and_then
 
 
 def _cause(trial: Any) -> str:

@@ -84,6 +84,11 @@ class Settings:
         return self.home / "cache"
 
     @property
+    def checkpoints(self) -> Path:
+        """The state of running trials, where the study names no other place."""
+        return self.home / "checkpoints"
+
+    @property
     def models(self) -> Path:
         """Teachers, feature networks and reference statistics, by name."""
         return self.home / "models"

@@ -1,0 +1,473 @@
+"""The life of a trial: every change of its state, and the lease that guards it. The only file that changes states.
+
+                     claim                       complete
+     (new) ---+---> RUNNING ----------------------------------> COMPLETE
+              |      ^ | | |------------------ prune ---------> PRUNED   its last report is its value
+              |      | | | |------------------ fail ----------> FAIL     a run's own fault, with its reason
+     WAITING -+      | | | '------------------ lose ----------> FAIL     and its retry, a new WAITING row
+        ^   claim    | | |
+        |            | | '-- report, beat: RUNNING still
+        |--give back-' '---- release: a claim that nobody finished
+        |
+        '-- drop: a proposal beyond the study's total ---------> FAIL
+
+A RUNNING trial has a lease: an owner, and a heartbeat that follows its progress. Each transition but the last two
+belongs to the owner: whoever lost the lease gets `LeaseLost`, and the result is dropped. Losing, releasing and dropping
+are for everybody, under the study's lock, as is claiming. Every transition may be repeated after an outage.
+"""
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, text
+
+from bdense_core.errors import BDenseError
+from bdense_core.weights import shares
+from search.database import Database, outlasting
+from search.errors import LeaseLost
+from search.owner import is_dead_here, this_process
+from search.records import SEARCH, Claim
+from search.samplers import make_pruner, make_sampler
+from search.spec import Study
+from search.version import code_version
+
+_OF_ONE_ATTEMPT = ("owner", "reason", "final", "retry", "traceback", "progress", "notes", "resumed_from")
+"""Attributes that a retry does not take over."""
+
+_SUSPENDED_S = 15.0
+"""A launcher reaps every few seconds: one that has not for so long was not running."""
+
+_SEARCH = json.dumps(SEARCH)
+_NO_ROW = 2**31 - 1
+"""Beyond all rows' ids."""
+
+_LEASE = text(
+    "SELECT t.state, o.value_json FROM trials t "
+    "LEFT JOIN trial_user_attributes o ON o.trial_id = t.trial_id AND o.key = 'owner' "
+    "WHERE t.trial_id = :trial FOR SHARE OF t"
+)
+_BEAT = text(
+    "INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES (:trial, LOCALTIMESTAMP) "
+    "ON CONFLICT (trial_id) DO UPDATE SET heartbeat = excluded.heartbeat"
+)
+_SET = text(
+    "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
+    "SELECT t.trial_id, e.key, e.value::text FROM trials t, json_each(CAST(:values AS json)) e "
+    "WHERE t.trial_id = :trial AND t.state = 'RUNNING' "
+    "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"
+)
+_WAIT = text("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial AND state = 'RUNNING'")
+_OPEN = text(
+    "SELECT t.trial_id, t.state, r.value_json, e.value_json FROM trials t "
+    "LEFT JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
+    "LEFT JOIN trial_user_attributes e ON e.trial_id = t.trial_id AND e.key = 'enqueued' "
+    "WHERE t.study_id = :study AND t.state IN ('WAITING', 'RUNNING') ORDER BY t.number"
+)
+_ENDED = text(
+    "SELECT count(*) FROM trials t LEFT JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
+    "WHERE t.study_id = :study AND t.trial_id > :after AND t.trial_id < :before "
+    "AND t.state IN ('COMPLETE', 'PRUNED') AND coalesce(r.value_json, :search) = :search"
+)
+# A heartbeat is judged by the database's clock. While the server was down nobody could send one.
+_RUNNING = text(
+    "SELECT t.trial_id, t.number, o.value_json, "
+    "CASE WHEN h.heartbeat IS NOT NULL THEN "
+    "EXTRACT(EPOCH FROM LEAST(LOCALTIMESTAMP - h.heartbeat, clock_timestamp() - pg_postmaster_start_time())) END "
+    "FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
+    "LEFT JOIN trial_user_attributes o ON o.trial_id = t.trial_id AND o.key = 'owner' "
+    "WHERE t.study_id = :study AND t.state = 'RUNNING'"
+)
+_UNRETRIED = text(
+    "SELECT t.trial_id, t.number FROM trials t "
+    "JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'retry' AND r.value_json = 'true' "
+    "WHERE t.study_id = :study AND t.state = 'FAIL' ORDER BY t.number"
+)
+_RETRIES = text(
+    "SELECT s.value_json FROM trial_system_attributes s JOIN trials t ON t.trial_id = s.trial_id "
+    "WHERE t.study_id = :study AND s.key = 'retry_history'"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Who holds a RUNNING trial, and for how many seconds nothing was heard of it."""
+
+    number: int
+    owner: str | None
+    silent_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaped:
+    """What `Trials.reap` found: how many trials were lost, and which of our own are not ours any more."""
+
+    lost: int
+    ours: tuple[int, ...]
+
+
+class Trials:
+    """One study's trials, as one launcher sees them.
+
+    Every method but the constructor waits while the database does not answer (`Database.outlast`), and raises
+    `StorageError` if that takes too long.
+    """
+
+    def __init__(self, database: Database, optuna_study: optuna.Study, study: Study) -> None:
+        self.database = database
+        self.owner = this_process()
+        self._optuna = optuna_study
+        self._live: dict[int, optuna.trial.Trial] = {}
+        self._reaped_at = time.time()
+        self._settled = (0, 0)
+        """No row up to this id is open, and so many of them are searched trials that ended well."""
+        self.study = study
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a study's trials hold the database and are never pickled")
+
+    @property
+    def study(self) -> Study:
+        return self._study
+
+    @study.setter
+    def study(self, study: Study) -> None:
+        self._study = study
+        self._optuna.pruner = make_pruner(study)
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The trials that this launcher believes to own."""
+        return tuple(self._live)
+
+    def recovered(self) -> None:
+        """After an outage: heartbeats before anything else."""
+        for trial in self._live.values():
+            with self.database.transaction() as connection:
+                connection.execute(_BEAT, {"trial": trial._trial_id})
+
+    # -- WAITING or nothing, to RUNNING
+
+    @outlasting
+    def claim(self) -> Claim | None:
+        """The next trial to run, now RUNNING and ours; None when nothing is left to start.
+
+        Under the study's lock, so that N asked trials are N run trials from any number of launchers.
+        """
+        with self.database.exclusive(self.study.name) as lock:
+            while self._is_due():
+                self._optuna.sampler = make_sampler(self.study)
+                trial = self._optuna.ask()
+                lock.check()
+                try:
+                    return self._take(trial)
+                except BDenseError as error:  # a proposal without weights: it can never run
+                    self._end(trial._trial_id, str(error), retry=False)
+            return None
+
+    def _is_due(self) -> bool:
+        """Whether a trial is to start: a queued one, or a new one within the study's total."""
+        study = {"study": self._optuna._study_id}
+        with self.database.transaction() as connection:
+            rows = [
+                (trial_id, state, json.loads(role or _SEARCH) == SEARCH, enqueued is not None)
+                for trial_id, state, role, enqueued in connection.execute(_OPEN, study)
+            ]
+            ended = self._count_ended(connection, min((row[0] for row in rows), default=None))
+        running = sum(search and state == "RUNNING" for _, state, search, _ in rows)
+        waiting = [(trial_id, search, enqueued) for trial_id, state, search, enqueued in rows if state == "WAITING"]
+        queued = [trial_id for trial_id, search, enqueued in waiting if search and not enqueued]
+        by_people = sum(search and enqueued for _, search, enqueued in waiting)  # these run in any case, as controls do
+        room = max(0, self.study.spec.budget.trials - ended - running - by_people)
+        for trial_id in queued[room:]:
+            self._end(trial_id, "the study's total was lowered before it ran", retry=False)
+        return len(waiting) > len(queued) or room > 0
+
+    def _count_ended(self, connection: Connection, first_open: int | None) -> int:
+        """Searched trials that ended COMPLETE or PRUNED; those below all open ones are counted once."""
+        about = {"study": self._optuna._study_id, "search": _SEARCH}
+        if first_open is not None:
+            settled, count = self._settled
+            new = connection.execute(_ENDED, {**about, "after": settled, "before": first_open}).scalar_one()
+            self._settled = max(settled, first_open - 1), count + new
+        settled, count = self._settled
+        rest: int = connection.execute(_ENDED, {**about, "after": settled, "before": _NO_ROW}).scalar_one()
+        return count + rest
+
+    def _take(self, trial: optuna.trial.Trial) -> Claim:
+        """Give the row an owner, a heartbeat and its weights, at one stroke."""
+        stored = self.database.storage.get_trial(trial._trial_id)
+        attributes = stored.user_attrs
+        role = attributes.get("role", SEARCH)
+        params = self._suggest(trial) if role == SEARCH or _has_params(stored) else {}
+        weights = attributes.get("weights") or self.study.spec.space.weights(params, self.study.num_branches)
+        seeds = attributes.get("seeds") or [self.study.spec.seeds.training]
+        values = {
+            "owner": self.owner,
+            "role": role,
+            "weights": list(weights),
+            "shares": [round(share, 6) for share in shares(weights)],
+            "seeds": list(seeds),
+            "protocol": self.study.protocol_hash(),
+            "code": code_version(),
+        }
+        with self.database.transaction() as connection:
+            connection.execute(_BEAT, {"trial": trial._trial_id})
+            connection.execute(_SET, {"trial": trial._trial_id, "values": json.dumps(values)})
+        self._live[trial.number] = trial
+        history = RetryHeartbeatStaleTrialCallback.retry_history(stored)
+        return Claim(
+            number=trial.number,
+            origin=history[0] if history else trial.number,
+            role=role,
+            weights=tuple(weights),
+            seeds=tuple(seeds),
+            reported=tuple(sorted(stored.intermediate_values)),
+        )
+
+    def _suggest(self, trial: optuna.trial.Trial) -> dict[str, float]:
+        axes = self.study.spec.space.axes()
+        return {name: trial.suggest_float(name, low, high) for name, (low, high) in axes.items()}
+
+    # -- RUNNING, and it stays so
+
+    @outlasting
+    def beat(self, number: int, /, **about: Any) -> None:
+        """The trial made progress: its lease lives on. `about` becomes attributes of the trial, JSON-able.
+
+        Raises:
+            LeaseLost: the trial is no longer ours.
+        """
+        self._renew(self._ours(number), about)
+
+    @outlasting
+    def report(self, number: int, value: float, step: int, /, *, may_prune: bool, **about: Any) -> bool:
+        """Store an intermediate value; True if the pruner says stop. `about` as for `beat`.
+
+        Raises:
+            LeaseLost: the trial is no longer ours.
+        """
+        trial = self._ours(number)
+        self._renew(trial, about)
+        storage = self.database.storage
+        try:  # the storage's own, since a trial's cannot be repeated after an outage
+            storage.set_trial_intermediate_value(trial._trial_id, step, value)
+        except UpdateFinishedTrialError as error:
+            raise self._lost(number) from error
+        return may_prune and self._optuna.pruner.prune(self._optuna, storage.get_trial(trial._trial_id))
+
+    def _renew(self, trial: optuna.trial.Trial, about: dict[str, Any]) -> None:
+        """A heartbeat and attributes, if the trial is still ours: all in one transaction."""
+        with self.database.transaction() as connection:
+            if self._lease(connection, trial._trial_id) != ("RUNNING", self.owner):
+                raise self._lost(trial.number)
+            connection.execute(_BEAT, {"trial": trial._trial_id})
+            if about:
+                connection.execute(_SET, {"trial": trial._trial_id, "values": json.dumps(about)})
+
+    # -- RUNNING to an end, by its owner
+
+    @outlasting
+    def complete(self, number: int, value: float, /, **about: Any) -> None:
+        """The trial ended with its result; `about` as for `beat`.
+
+        Raises:
+            LeaseLost: the trial is no longer ours; nothing was stored.
+        """
+        self._tell(number, TrialState.COMPLETE, value, about)
+
+    @outlasting
+    def prune(self, number: int) -> None:
+        """The trial was stopped by the pruner; its last report is its value.
+
+        Raises:
+            LeaseLost: the trial is no longer ours; nothing was stored.
+        """
+        self._tell(number, TrialState.PRUNED, None, {})
+
+    def _tell(self, number: int, state: TrialState, value: float | None, about: dict[str, Any]) -> None:
+        trial = self._ours(number)
+        with self.database.transaction() as connection:
+            lease = self._lease(connection, trial._trial_id)
+        if lease != (state.name, self.owner):  # told before an outage, which only took the answer
+            self._renew(trial, about)
+            try:
+                self._optuna.tell(trial, value, state=state)
+            except (
+                ValueError,
+                UpdateFinishedTrialError,
+            ) as error:  # Optuna's words for a trial that has ended meanwhile
+                if self.database.storage.get_trial(trial._trial_id).state.is_finished():
+                    raise self._lost(number) from error
+                raise
+        del self._live[number]
+
+    @outlasting
+    def fail(self, number: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
+        """The trial failed. With `retry` the same proposal waits again, at most `lease.max_retries` times.
+
+        Returns:
+            Whether it waits again.
+
+        Raises:
+            LeaseLost: the trial is no longer ours; nothing was stored.
+        """
+        trial = self._ours(number)
+        with self.database.exclusive(self.study.name):
+            with self.database.transaction() as connection:
+                lease = self._lease(connection, trial._trial_id)
+            if lease != ("RUNNING", self.owner) and not self._failed_so(trial._trial_id, reason):
+                raise self._lost(number)
+            again = self._end(trial._trial_id, reason, retry=retry, detail=detail)
+        del self._live[number]
+        return again
+
+    def _failed_so(self, trial_id: int, reason: str) -> bool:
+        """Whether it was stored already that the trial failed for this reason, before an outage."""
+        stored = self.database.storage.get_trial(trial_id)
+        return stored.state == TrialState.FAIL and stored.user_attrs.get("reason") == reason
+
+    @outlasting
+    def give_back(self, number: int) -> None:
+        """Back into the queue, as it is: whoever claims it next goes on with the same proposal."""
+        trial = self._live.get(number)
+        if trial is None:
+            return
+        with self.database.exclusive(self.study.name), self.database.transaction() as connection:
+            if self._lease(connection, trial._trial_id) == ("RUNNING", self.owner):
+                self._wait_again(connection, trial._trial_id)
+        self._live.pop(number, None)
+
+    def _wait_again(self, connection: Connection, trial_id: int) -> None:
+        connection.execute(_SET, {"trial": trial_id, "values": json.dumps({"owner": None})})
+        connection.execute(_WAIT, {"trial": trial_id})
+
+    def _ours(self, number: int) -> optuna.trial.Trial:
+        if number not in self._live:
+            raise self._lost(number)
+        return self._live[number]
+
+    def _lost(self, number: int) -> LeaseLost:
+        self._live.pop(number, None)
+        return LeaseLost(f"trial {number} is no longer owned by this launcher; its result is dropped")
+
+    def _lease(self, connection: Connection, trial_id: int) -> tuple[str, str | None]:
+        state, owner = connection.execute(_LEASE, {"trial": trial_id}).one()
+        return state, json.loads(owner) if owner else None
+
+    # -- RUNNING without a live owner
+
+    @outlasting
+    def reap(self) -> Reaped:
+        """Put the RUNNING trials without a live owner back into the queue.
+
+        Lost are trials whose heartbeat is older than the grace period, and trials of a launcher of this machine whose
+        process is gone. A row without an owner is a claim that was never finished: it waits again as it is. A row that
+        has an owner and never had a heartbeat gets one, and then the same grace. A failed row whose retry was not
+        written any more gets it now.
+        """
+        lost = 0
+        with self.database.exclusive(self.study.name):
+            self._beat_after_sleep()
+            running = self._running()
+            for trial_id, lease in running.items():
+                if lease.owner is None:
+                    with self.database.transaction() as connection:
+                        self._wait_again(connection, trial_id)
+                elif is_dead_here(lease.owner):
+                    lost += self._lose(trial_id, "its launcher ended without giving it back")
+                elif lease.silent_s is None:
+                    with self.database.transaction() as connection:
+                        connection.execute(_BEAT, {"trial": trial_id})
+                elif lease.silent_s > self.study.spec.lease.grace_s:
+                    lost += self._lose(trial_id, f"no progress for {lease.silent_s:.0f} s: its lease expired")
+            self._retry_what_was_not()
+            ours = {lease.number for lease in self._running().values() if lease.owner == self.owner}
+        gone = tuple(number for number in self._live if number not in ours)
+        for number in gone:
+            del self._live[number]
+        return Reaped(lost=lost, ours=gone)
+
+    def leases(self) -> list[Lease]:
+        """Of all RUNNING trials."""
+        return list(self._running().values())
+
+    def _running(self) -> dict[int, Lease]:
+        with self.database.transaction() as connection:
+            rows = connection.execute(_RUNNING, {"study": self._optuna._study_id}).all()
+        return {
+            trial_id: Lease(
+                number=number,
+                owner=json.loads(owner) if owner else None,
+                silent_s=None if silent is None else float(silent),
+            )
+            for trial_id, number, owner, silent in rows
+        }
+
+    def _beat_after_sleep(self) -> None:
+        """After a suspend our own trials look as old as lost ones: one fresh grace for them.
+
+        Otherwise heartbeats follow progress alone, so that a frozen worker's trial expires like any other.
+        """
+        now = time.time()  # the monotonic clock stands still while a laptop sleeps
+        if now - self._reaped_at > max(_SUSPENDED_S, self.study.spec.lease.grace_s / 2):
+            self.recovered()
+        self._reaped_at = now
+
+    def _lose(self, trial_id: int, reason: str) -> bool:
+        self._end(trial_id, reason, retry=True)
+        return True
+
+    # -- to FAIL, and to a retry; the caller holds the study's lock
+
+    def _end(self, trial_id: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
+        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row; whether there is one."""
+        storage = self.database.storage
+        about = {"reason": reason, "final": not retry, "retry": retry, "traceback": detail}
+        try:
+            for key, value in about.items():
+                if value is not None:
+                    storage.set_trial_user_attr(trial_id, key, value)
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            self._optuna.sampler.after_trial(self._optuna, storage.get_trial(trial_id), TrialState.FAIL, None)
+        except UpdateFinishedTrialError:
+            pass  # it was, by an attempt before an outage: what is left is its retry
+        stored = storage.get_trial(trial_id)
+        return bool(stored.user_attrs.get("retry")) and self._retry(stored)
+
+    def _retry_what_was_not(self) -> None:
+        with self.database.transaction() as connection:
+            failed = connection.execute(_UNRETRIED, {"study": self._optuna._study_id}).all()
+            known = self._retried(connection) if failed else set()
+        for trial_id, number in failed:
+            if number not in known:
+                self._retry(self.database.storage.get_trial(trial_id))
+
+    def _retry(self, lost: FrozenTrial) -> bool:
+        """Queue the same proposal again with what it had reported, once and boundedly; whether it waits."""
+        if len(RetryHeartbeatStaleTrialCallback.retry_history(lost)) >= self.study.spec.lease.max_retries:
+            return False
+        with self.database.transaction() as connection:
+            if lost.number in self._retried(connection):
+                return True
+        again = copy.deepcopy(lost)
+        again.user_attrs = {key: value for key, value in lost.user_attrs.items() if key not in _OF_ONE_ATTEMPT}
+        RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self._optuna, again)
+        return True
+
+    def _retried(self, connection: Connection) -> set[int]:
+        """The numbers of all trials that have a retry."""
+        histories = connection.execute(_RETRIES, {"study": self._optuna._study_id})
+        return {number for (history,) in histories for number in json.loads(history)}
+
+
+def _has_params(trial: FrozenTrial) -> bool:
+    """Whether a queued trial brings its parameters. A control outside the space has none: a false point would
+    mislead the sampler."""
+    return bool(trial.params or trial.system_attrs.get("fixed_params"))
