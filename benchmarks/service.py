@@ -32,7 +32,10 @@ import click
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}  # fmt: skip
 
 
 # -- one launch, in a process of its own
@@ -78,9 +81,8 @@ def ours(url: str, home: str, trials: int, seconds: float, cpus: float, address:
     from search.study_file import load_study
 
     ends = _Ends()
-    logging.getLogger("search.progress").addHandler(ends)
+    logging.getLogger().addHandler(ends)
     logging.getLogger("search").setLevel(logging.INFO)
-    logging.getLogger("search").propagate = False
     study = load_study(
         Path("synthetic"),
         name=f"b-{uuid.uuid4().hex[:8]}",
@@ -96,9 +98,6 @@ def ours(url: str, home: str, trials: int, seconds: float, cpus: float, address:
 
 def stock(url: str, home: str, trials: int, seconds: float, cpus: float, address: str | None) -> dict[str, Any]:
     """Ray Tune with its own OptunaSearch, the same sampler, on the same PostgreSQL or in memory (no URL)."""
-    from search import ray_environment
-
-    ray_environment.prepare(address)
     import optuna
     import ray
     from ray import tune

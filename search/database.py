@@ -70,7 +70,7 @@ class Database:
                 self.storage = RDBStorage(
                     url,
                     engine_kwargs={
-                        "connect_args": options, "pool_pre_ping": True, "pool_size": 3, "max_overflow": 3,
+                        "connect_args": options, "pool_pre_ping": not patience_s, "pool_size": 3, "max_overflow": 3,
                         "pool_timeout": 30,
                     },
                 )  # fmt: skip

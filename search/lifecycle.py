@@ -161,9 +161,7 @@ class Trials:
         Under the study's lock, so that N asked trials are N run trials from any number of launchers.
         """
         with self.database.exclusive(self.study.name) as lock:
-            while self._is_due():
-                self._optuna.sampler = make_sampler(self.study)
-                trial = self._optuna.ask()
+            while (trial := self._start()) is not None:
                 lock.check()
                 try:
                     return self._take(trial)
@@ -171,8 +169,20 @@ class Trials:
                     self._end(trial._trial_id, str(error), retry=False)
             return None
 
-    def _is_due(self) -> bool:
-        """Whether a trial is to start: a queued one, or a new one within the study's total."""
+    def _start(self) -> optuna.trial.Trial | None:
+        """The oldest waiting row, else a new one if the study's total has room, RUNNING now; else None."""
+        are_waiting, has_room = self._due()
+        if not are_waiting and not has_room:
+            return None
+        storage = self._optuna._storage
+        study = optuna.load_study(
+            study_name=self.study.name, storage=storage, sampler=make_sampler(self.study), pruner=self._optuna.pruner
+        )
+        # `ask` reads all trials to see whether one waits; we know.
+        return study.ask() if are_waiting else optuna.trial.Trial(study, storage.create_new_trial(study._study_id))
+
+    def _due(self) -> tuple[bool, bool]:
+        """Whether rows wait that are to run, and whether the study's total has room for a new one."""
         study = {"study": self._optuna._study_id}
         with self.database.transaction() as connection:
             rows = [
@@ -187,7 +197,7 @@ class Trials:
         room = max(0, self.study.spec.budget.trials - ended - running - by_people)
         for trial_id in queued[room:]:
             self._end(trial_id, "the study's total was lowered before it ran", retry=False)
-        return len(waiting) > len(queued) or room > 0
+        return len(waiting) - len(queued[room:]) > 0, room > len(queued)
 
     def _count_ended(self, connection: Connection, first_open: int | None) -> int:
         """Searched trials that ended COMPLETE or PRUNED; those below all open ones are counted once."""
@@ -202,7 +212,7 @@ class Trials:
 
     def _take(self, trial: optuna.trial.Trial) -> Claim:
         """Give the row an owner, a heartbeat and its weights, at one stroke."""
-        stored = self.database.storage.get_trial(trial._trial_id)
+        stored = trial._cached_frozen_trial  # read when it was started, under the lock
         attributes = stored.user_attrs
         role = attributes.get("role", SEARCH)
         params = self._suggest(trial) if role == SEARCH or _has_params(stored) else {}
@@ -283,30 +293,25 @@ class Trials:
         self._tell(number, TrialState.COMPLETE, value, about)
 
     @outlasting
-    def prune(self, number: int) -> None:
+    def prune(self, number: int, value: float, /) -> None:
         """The trial was stopped by the pruner; its last report is its value.
 
         Raises:
             LeaseLost: the trial is no longer ours; nothing was stored.
         """
-        self._tell(number, TrialState.PRUNED, None, {})
+        self._tell(number, TrialState.PRUNED, value, {})
 
-    def _tell(self, number: int, state: TrialState, value: float | None, about: dict[str, Any]) -> None:
+    def _tell(self, number: int, state: TrialState, value: float, about: dict[str, Any]) -> None:
         trial = self._ours(number)
-        with self.database.transaction() as connection:
-            lease = self._lease(connection, trial._trial_id)
-        if lease != (state.name, self.owner):  # told before an outage, which only took the answer
+        try:
             self._renew(trial, about)
-            try:
-                self._optuna.tell(trial, value, state=state)
-            except (
-                ValueError,
-                UpdateFinishedTrialError,
-            ) as error:  # Optuna's words for a trial that has ended meanwhile
-                if self.database.storage.get_trial(trial._trial_id).state.is_finished():
-                    raise self._lost(number) from error
-                raise
-        del self._live[number]
+            self.database.storage.set_trial_state_values(trial._trial_id, state, [value])
+        except (LeaseLost, UpdateFinishedTrialError) as error:
+            with self.database.transaction() as connection:
+                lease = self._lease(connection, trial._trial_id)
+            if lease != (state.name, self.owner):  # or it was told before an outage, which only took the answer
+                raise self._lost(number) from error
+        self._live.pop(number, None)
 
     @outlasting
     def fail(self, number: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
@@ -435,7 +440,6 @@ class Trials:
                 if value is not None:
                     storage.set_trial_user_attr(trial_id, key, value)
             storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            self._optuna.sampler.after_trial(self._optuna, storage.get_trial(trial_id), TrialState.FAIL, None)
         except UpdateFinishedTrialError:
             pass  # it was, by an attempt before an outage: what is left is its retry
         stored = storage.get_trial(trial_id)

@@ -140,7 +140,7 @@ class Conductor:
         if step not in claim.reported:
             may_prune = not done and not claim.is_control
             if self._trials.report(claim.number, value, step, may_prune=may_prune, **about):
-                self._trials.prune(claim.number)
+                self._trials.prune(claim.number, value)
                 self._board.ended(claim, "PRUNED", value)
                 self._end(tune_id)
                 return str(TrialScheduler.STOP)

@@ -96,7 +96,7 @@ def test_prune_stores_the_last_report(database_url: str) -> None:
         store.trials.complete(claim.number, 4.0)
     claim = claimed(store)
     assert store.trials.report(claim.number, 9.0, 1, may_prune=True)
-    store.trials.prune(claim.number)
+    store.trials.prune(claim.number, 9.0)
     row = store.rows()[claim.number]
     assert (row.state, row.value, row.last_step) == ("PRUNED", 9.0, 1)
     assert store.counts().counted == 5
