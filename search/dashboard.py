@@ -52,6 +52,7 @@ def running(url: str, *, host: str = HOST, port: int = PORT) -> Iterator[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != "OPTUNA_STORAGE"},
         text=True,
         start_new_session=True,
     )

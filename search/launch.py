@@ -137,7 +137,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics) -> Outcome:
     if kept_at is not None:
         settings.create(settings.checkpoints)
         kept_at.prepare()
-    with placement.cluster(settings.ray_address):
+    with _cluster(settings.ray_address):
         logs.gather()
         nodes = _node_check(study, settings, kept_at)
         places = placement.Places(study.spec.resources)
@@ -198,6 +198,16 @@ def _node_check(study: Study, settings: Settings, kept_at: Checkpoints | None) -
     for warning in check.run():
         say(f"warning: {warning}", level=logging.WARNING)
     return check
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    from search import placement
+
+    with contextlib.ExitStack() as stack:
+        with ray_environment.without_password():
+            stack.enter_context(placement.cluster(address))
+        yield
 
 
 def _leave(conductor: "Conductor") -> None:

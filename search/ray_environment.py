@@ -1,8 +1,10 @@
 """What Ray reads from the environment when it is imported; so this comes before `search.placement`."""
 
+import contextlib
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 
 from search.errors import ClusterError
 
@@ -32,6 +34,17 @@ def prepare(ray_address: str | None) -> None:
     if ray_address is None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         os.environ.pop("RAY_ADDRESS", None)
+
+
+@contextlib.contextmanager
+def without_password() -> Iterator[None]:
+    """While Ray's processes are started, which inherit our environment, libpq's password is not in it."""
+    password = os.environ.pop("PGPASSWORD", None)
+    try:
+        yield
+    finally:
+        if password is not None:
+            os.environ["PGPASSWORD"] = password
 
 
 def check_reachable(address: str | None) -> None:

@@ -116,12 +116,21 @@ def ray_environment() -> Iterator[dict[str, str]]:
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = os.environ | access
     ray = str(Path(sys.executable).parent / "ray")
-    command = [ray, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    found = re.search(r"--address='([^']+)'", done.stdout)
-    assert found, done.stdout + done.stderr
-    yield access | {"RAY_ADDRESS": found[1]}
-    subprocess.run([ray, "stop", "--force"], env=environment, capture_output=True, timeout=120, check=False)
+    command = [ray, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    # In a session of its own, which is ended at the end: `ray stop` would end all Ray of this machine.
+    head = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert head.stdout is not None
+    address = next((found[1] for line in head.stdout if (found := re.search(r"--address='([^']+)'", line))), None)
+    assert address, "Ray did not start"
+    reader = threading.Thread(target=head.stdout.read, daemon=True)
+    reader.start()
+    yield access | {"RAY_ADDRESS": address}
+    head.terminate()
+    head.wait(60)
+    reader.join(60)
+    head.stdout.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -191,8 +192,10 @@ def test_a_study_in_which_everything_fails_ends_with_an_error(user) -> None:
 def test_plain_output_is_one_line_an_event_and_results_alone_go_to_stdout(finished) -> None:
     assert json.loads(finished.stdout)["study"] == "finished"
     assert "\x1b[" not in finished.stderr
-    assert any(
-        line.startswith("trial ") and " kimg 3 synthetic-score " in line for line in finished.stderr.splitlines()
+    assert re.search(
+        r"^\d\d:\d\d:\d\d finished trial \d+ search kimg 3 synthetic-score [\d.]+ seed 0 \d+ s \[.+\]$",
+        finished.stderr,
+        re.MULTILINE,
     )
 
 
