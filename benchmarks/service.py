@@ -5,7 +5,7 @@
 Prints JSON. Each part sets up its own databases on one embedded PostgreSQL, and its own local Ray:
 
 driver  200 trials that report once and end, through our launcher and through stock Ray Tune with its OptunaSearch (on
-        the same PostgreSQL, and in memory), in turns: seconds by the clock and of the driver's processor for each trial.
+        the same PostgreSQL, and in memory), in turns: seconds of the clock and of the driver's CPU for each trial.
 cycle   ask, report and tell with 0, 1,000 and 10,000 stored trials: ours (claim under a lock, lease, heartbeat,
         pruner) and Optuna's own calls without any of it.
 scale   10,000 trials that wait, on many logical CPUs: how much of the ideal rate is reached, and the launcher's memory.

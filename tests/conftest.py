@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a real PostgreSQL, and a fresh database on it."""
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -11,6 +12,8 @@ import pytest
 from psycopg2 import sql
 
 from search import server
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded: two test processes share the cores
 
 
 @pytest.fixture(scope="session")
