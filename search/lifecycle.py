@@ -26,10 +26,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from bdense_core.errors import BDenseError
 from bdense_core.weights import shares
+from search import queries
 from search.database import Database, outlasting
 from search.errors import LeaseLost
 from search.owner import is_dead_here, this_process
@@ -47,52 +48,6 @@ _SUSPENDED_S = 15.0
 _SEARCH = json.dumps(SEARCH)
 _NO_ROW = 2**31 - 1
 """Beyond all rows' ids."""
-
-_LEASE = text(
-    "SELECT t.state, o.value_json FROM trials t "
-    "LEFT JOIN trial_user_attributes o ON o.trial_id = t.trial_id AND o.key = 'owner' "
-    "WHERE t.trial_id = :trial FOR SHARE OF t"
-)
-_BEAT = text(
-    "INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES (:trial, LOCALTIMESTAMP) "
-    "ON CONFLICT (trial_id) DO UPDATE SET heartbeat = excluded.heartbeat"
-)
-_SET = text(
-    "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
-    "SELECT t.trial_id, e.key, e.value::text FROM trials t, json_each(CAST(:values AS json)) e "
-    "WHERE t.trial_id = :trial AND t.state = 'RUNNING' "
-    "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"
-)
-_WAIT = text("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial AND state = 'RUNNING'")
-_OPEN = text(
-    "SELECT t.trial_id, t.state, r.value_json, e.value_json FROM trials t "
-    "LEFT JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
-    "LEFT JOIN trial_user_attributes e ON e.trial_id = t.trial_id AND e.key = 'enqueued' "
-    "WHERE t.study_id = :study AND t.state IN ('WAITING', 'RUNNING') ORDER BY t.number"
-)
-_ENDED = text(
-    "SELECT count(*) FROM trials t LEFT JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
-    "WHERE t.study_id = :study AND t.trial_id > :after AND t.trial_id < :before "
-    "AND t.state IN ('COMPLETE', 'PRUNED') AND coalesce(r.value_json, :search) = :search"
-)
-# A heartbeat is judged by the database's clock. While the server was down nobody could send one.
-_RUNNING = text(
-    "SELECT t.trial_id, t.number, o.value_json, "
-    "CASE WHEN h.heartbeat IS NOT NULL THEN "
-    "EXTRACT(EPOCH FROM LEAST(LOCALTIMESTAMP - h.heartbeat, clock_timestamp() - pg_postmaster_start_time())) END "
-    "FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
-    "LEFT JOIN trial_user_attributes o ON o.trial_id = t.trial_id AND o.key = 'owner' "
-    "WHERE t.study_id = :study AND t.state = 'RUNNING'"
-)
-_UNRETRIED = text(
-    "SELECT t.trial_id, t.number FROM trials t "
-    "JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'retry' AND r.value_json = 'true' "
-    "WHERE t.study_id = :study AND t.state = 'FAIL' ORDER BY t.number"
-)
-_RETRIES = text(
-    "SELECT s.value_json FROM trial_system_attributes s JOIN trials t ON t.trial_id = s.trial_id "
-    "WHERE t.study_id = :study AND s.key = 'retry_history'"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +105,7 @@ class Trials:
         """After an outage: heartbeats before anything else."""
         for trial in self._live.values():
             with self.database.transaction() as connection:
-                connection.execute(_BEAT, {"trial": trial._trial_id})
+                connection.execute(queries.BEAT, {"trial": trial._trial_id})
 
     # -- WAITING or nothing, to RUNNING
 
@@ -187,7 +142,7 @@ class Trials:
         with self.database.transaction() as connection:
             rows = [
                 (trial_id, state, json.loads(role or _SEARCH) == SEARCH, enqueued is not None)
-                for trial_id, state, role, enqueued in connection.execute(_OPEN, study)
+                for trial_id, state, role, enqueued in connection.execute(queries.OPEN, study)
             ]
             ended = self._count_ended(connection, min((row[0] for row in rows), default=None))
         running = sum(search and state == "RUNNING" for _, state, search, _ in rows)
@@ -204,10 +159,10 @@ class Trials:
         about = {"study": self._optuna._study_id, "search": _SEARCH}
         if first_open is not None:
             settled, count = self._settled
-            new = connection.execute(_ENDED, {**about, "after": settled, "before": first_open}).scalar_one()
+            new = connection.execute(queries.ENDED, {**about, "after": settled, "before": first_open}).scalar_one()
             self._settled = max(settled, first_open - 1), count + new
         settled, count = self._settled
-        rest: int = connection.execute(_ENDED, {**about, "after": settled, "before": _NO_ROW}).scalar_one()
+        rest: int = connection.execute(queries.ENDED, {**about, "after": settled, "before": _NO_ROW}).scalar_one()
         return count + rest
 
     def _take(self, trial: optuna.trial.Trial) -> Claim:
@@ -228,8 +183,8 @@ class Trials:
             "code": code_version(),
         }
         with self.database.transaction() as connection:
-            connection.execute(_BEAT, {"trial": trial._trial_id})
-            connection.execute(_SET, {"trial": trial._trial_id, "values": json.dumps(values)})
+            connection.execute(queries.BEAT, {"trial": trial._trial_id})
+            connection.execute(queries.SET, {"trial": trial._trial_id, "values": json.dumps(values)})
         self._live[trial.number] = trial
         history = RetryHeartbeatStaleTrialCallback.retry_history(stored)
         return Claim(
@@ -277,9 +232,9 @@ class Trials:
         with self.database.transaction() as connection:
             if self._lease(connection, trial._trial_id) != ("RUNNING", self.owner):
                 raise self._lost(trial.number)
-            connection.execute(_BEAT, {"trial": trial._trial_id})
+            connection.execute(queries.BEAT, {"trial": trial._trial_id})
             if about:
-                connection.execute(_SET, {"trial": trial._trial_id, "values": json.dumps(about)})
+                connection.execute(queries.SET, {"trial": trial._trial_id, "values": json.dumps(about)})
 
     # -- RUNNING to an end, by its owner
 
@@ -350,8 +305,8 @@ class Trials:
         self._live.pop(number, None)
 
     def _wait_again(self, connection: Connection, trial_id: int) -> None:
-        connection.execute(_SET, {"trial": trial_id, "values": json.dumps({"owner": None})})
-        connection.execute(_WAIT, {"trial": trial_id})
+        connection.execute(queries.SET, {"trial": trial_id, "values": json.dumps({"owner": None})})
+        connection.execute(queries.WAIT, {"trial": trial_id})
 
     def _ours(self, number: int) -> optuna.trial.Trial:
         if number not in self._live:
@@ -363,7 +318,7 @@ class Trials:
         return LeaseLost(f"trial {number} is no longer owned by this launcher; its result is dropped")
 
     def _lease(self, connection: Connection, trial_id: int) -> tuple[str, str | None]:
-        state, owner = connection.execute(_LEASE, {"trial": trial_id}).one()
+        state, owner = connection.execute(queries.LEASE, {"trial": trial_id}).one()
         return state, json.loads(owner) if owner else None
 
     # -- RUNNING without a live owner
@@ -389,7 +344,7 @@ class Trials:
                     lost += self._lose(trial_id, "its launcher ended without giving it back")
                 elif lease.silent_s is None:
                     with self.database.transaction() as connection:
-                        connection.execute(_BEAT, {"trial": trial_id})
+                        connection.execute(queries.BEAT, {"trial": trial_id})
                 elif lease.silent_s > self.study.spec.lease.grace_s:
                     lost += self._lose(trial_id, f"no progress for {lease.silent_s:.0f} s: its lease expired")
             self._retry_what_was_not()
@@ -405,7 +360,7 @@ class Trials:
 
     def _running(self) -> dict[int, Lease]:
         with self.database.transaction() as connection:
-            rows = connection.execute(_RUNNING, {"study": self._optuna._study_id}).all()
+            rows = connection.execute(queries.RUNNING, {"study": self._optuna._study_id}).all()
         return {
             trial_id: Lease(
                 number=number,
@@ -432,9 +387,11 @@ class Trials:
     # -- to FAIL, and to a retry; the caller holds the study's lock
 
     def _end(self, trial_id: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
-        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row; whether there is one."""
+        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row if there were not too many; whether there is."""
         storage = self.database.storage
-        about = {"reason": reason, "final": not retry, "retry": retry, "traceback": detail}
+        tried = len(RetryHeartbeatStaleTrialCallback.retry_history(storage.get_trial(trial_id)))
+        again = retry and tried < self.study.spec.lease.max_retries
+        about = {"reason": reason, "final": not retry, "retry": again, "traceback": detail}
         try:
             for key, value in about.items():
                 if value is not None:
@@ -443,31 +400,30 @@ class Trials:
         except UpdateFinishedTrialError:
             pass  # it was, by an attempt before an outage: what is left is its retry
         stored = storage.get_trial(trial_id)
-        return bool(stored.user_attrs.get("retry")) and self._retry(stored)
+        if stored.user_attrs.get("retry"):
+            self._retry(stored)
+        return bool(stored.user_attrs.get("retry"))
 
     def _retry_what_was_not(self) -> None:
         with self.database.transaction() as connection:
-            failed = connection.execute(_UNRETRIED, {"study": self._optuna._study_id}).all()
+            failed = connection.execute(queries.UNRETRIED, {"study": self._optuna._study_id}).all()
             known = self._retried(connection) if failed else set()
         for trial_id, number in failed:
             if number not in known:
                 self._retry(self.database.storage.get_trial(trial_id))
 
-    def _retry(self, lost: FrozenTrial) -> bool:
-        """Queue the same proposal again with what it had reported, once and boundedly; whether it waits."""
-        if len(RetryHeartbeatStaleTrialCallback.retry_history(lost)) >= self.study.spec.lease.max_retries:
-            return False
+    def _retry(self, lost: FrozenTrial) -> None:
+        """Queue the same proposal again with what it had reported; once, however often it is asked for."""
         with self.database.transaction() as connection:
             if lost.number in self._retried(connection):
-                return True
+                return
         again = copy.deepcopy(lost)
         again.user_attrs = {key: value for key, value in lost.user_attrs.items() if key not in _OF_ONE_ATTEMPT}
         RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self._optuna, again)
-        return True
 
     def _retried(self, connection: Connection) -> set[int]:
         """The numbers of all trials that have a retry."""
-        histories = connection.execute(_RETRIES, {"study": self._optuna._study_id})
+        histories = connection.execute(queries.RETRIES, {"study": self._optuna._study_id})
         return {number for (history,) in histories for number in json.loads(history)}
 
 

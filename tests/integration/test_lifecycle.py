@@ -271,6 +271,14 @@ def test_after_a_night_with_the_lid_closed_a_launchers_own_trials_get_a_fresh_gr
     store.trials.complete(claim.number, 1.0)
 
 
+def test_a_launcher_counts_right_after_a_total_was_reached_and_raised(database_url: str) -> None:
+    store = opened(database_url, synthetic("budget.trials=2"))
+    for total in (2, 4, 7):
+        store.edit({"budget.trials": total})
+        run_all(store)
+        assert states(store)["search", "COMPLETE"] == total
+
+
 def test_a_persons_own_proposal_runs_in_any_case_and_counts(database_url: str) -> None:
     store = opened(database_url, synthetic("budget.trials=1"))
     run_all(store)
