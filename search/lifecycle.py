@@ -387,7 +387,7 @@ class Trials:
     # -- to FAIL, and to a retry; the caller holds the study's lock
 
     def _end(self, trial_id: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
-        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row if there were not too many; whether there is."""
+        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row unless there were too many; whether it is."""
         storage = self.database.storage
         tried = len(RetryHeartbeatStaleTrialCallback.retry_history(storage.get_trial(trial_id)))
         again = retry and tried < self.study.spec.lease.max_retries
