@@ -6,6 +6,7 @@ A location is a plain string: nothing of fsspec is pickled. A run itself keeps i
 
 import logging
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -53,8 +54,9 @@ class Checkpoints:
         with _told("written", self.root):
             files, path = _open(self.root)
             files.makedirs(path, exist_ok=True)
-            files.pipe_file(f"{path}/.writable", b"")
-            files.rm_file(f"{path}/.writable")
+            probe = f"{path}/.writable-{secrets.token_hex(8)}"  # another launcher may be trying the same
+            files.pipe_file(probe, b"")
+            files.rm_file(probe)
 
     def location(self, study: str, first: int) -> str:
         """Where a trial keeps its state, for the way to a worker.

@@ -2,7 +2,8 @@
 
 import json
 import logging
-import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -17,6 +18,7 @@ from search.console import (
     load_settings,
     print_table,
     print_values,
+    storage_comment,
     storage_option,
     study_option,
     width,
@@ -24,6 +26,7 @@ from search.console import (
     yaml_text,
 )
 from search.logs import say
+from search.settings import mask
 
 if TYPE_CHECKING:
     from search.storage import Studies, StudyStore
@@ -79,7 +82,6 @@ def launch(
     form: str,
 ) -> None:
     """Create or resume a study and run it. Without a file: the quickstart on the digits."""
-    _hide_password(storage)
     logs.configure(log_format)
     from search import launch as launching
     from search import quality
@@ -118,13 +120,15 @@ def launch(
     )
     if outcome.interrupted:
         again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])])
-        say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
+        say(
+            f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}{storage_comment(storage)}"
+        )
         sys.exit(_INTERRUPTED)
     _print_study(outcome.store, form)
     say("")
     if storage is None:
         say("look again: bdense-weights dashboard")
-    say(f"export the best weights: {launching.export_command(study.name, storage)}")
+    say(f"export the best weights: {_export_command(study.name, storage)}")
 
 
 @commands.command()
@@ -315,27 +319,22 @@ def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
         print_table(report.curve_table(best[0]))
 
 
-def _hide_password(storage: str | None) -> None:
-    """Start over with the URL in the environment: a command line is for all to read, and Ray stores it."""
-    from search.settings import mask
-
-    if storage is None or mask(storage) == storage:
-        return
-    arguments = [argument for argument in sys.orig_argv if argument not in (storage, "--storage")]
-    arguments = [argument for argument in arguments if argument != f"--storage={storage}"]
-    sys.stdout.flush()
-    os.execve(sys.executable, arguments, os.environ | {"OPTUNA_STORAGE": storage})
-
-
 def _program() -> str:
     return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
+def _export_command(study: str, storage: str | None) -> str:
+    """As this user can type it; `storage` is the option that was given."""
+    program = "bdense-weights"
+    if shutil.which(program) is None:
+        program = shlex.quote(str(Path(sys.executable).parent / program))
+    command = f"{program} export --study {shlex.quote(study)}"
+    if storage is not None and mask(storage) == storage:
+        command += f" --storage {shlex.quote(storage)}"
+    return command + storage_comment(storage)
+
+
 def _shown(argument: str) -> str:
-    import shlex
-
-    from search.settings import mask
-
     return shlex.quote(mask(argument) if "://" in argument else argument)
 
 

@@ -2,20 +2,47 @@
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bdense_core.errors import BDenseError
-from search.settings import Settings
+from search.settings import Settings, mask
 
 _WITHOUT_TERMINAL = 160
 """Columns of a table in a file: room for all of it."""
+_HIDDEN = "BDENSE_HIDDEN_STORAGE"
+"""How `--storage` comes to a process that was started over because of the password in it."""
+
+
+def _hide_password(_context: click.Context, _option: click.Parameter, storage: str | None) -> str | None:
+    """Start over with the URL in the environment: a command line is for all to read, and Ray stores it."""
+    if storage is None:
+        return os.environ.pop(_HIDDEN, None)  # no child of ours needs it
+    if mask(storage) == storage or not any(argument.endswith(storage) for argument in sys.orig_argv):
+        return storage
+    sys.stdout.flush()
+    arguments = [sys.executable, *_without_storage(sys.orig_argv[1:])]
+    os.execve(sys.executable, arguments, os.environ | {_HIDDEN: storage})
+
+
+def _without_storage(arguments: Sequence[str]) -> Iterator[str]:
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--storage":
+            next(rest, None)
+        elif not argument.startswith("--storage="):
+            yield argument
+
 
 storage_option = click.option(
-    "--storage", metavar="URL", help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server."
+    "--storage",
+    metavar="URL",
+    help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server.",
+    callback=_hide_password,
 )
 study_option = click.option("--study", "name", metavar="NAME", required=True, help="The study's name.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:NUMBER.")
@@ -45,6 +72,13 @@ def format_option(*choices: str) -> Callable[[Any], Any]:
 def load_settings(storage: str | None = None, ray_address: str | None = None) -> Settings:
     """This machine's settings, by option, environment and default."""
     return Settings.load(storage=storage, ray_address=ray_address)
+
+
+def storage_comment(storage: str | None) -> str:
+    """What follows a command that is printed for typing again: where its database comes from, if not from itself."""
+    if storage is None or mask(storage) == storage:
+        return ""
+    return f"  # with OPTUNA_STORAGE set to {mask(storage)}"
 
 
 def print_values(content: dict[str, Any], form: str) -> None:

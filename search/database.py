@@ -2,30 +2,40 @@
 
 import contextlib
 import functools
+import selectors
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
+import psycopg2
 import tenacity
 from optuna.storages import RDBStorage
+from psycopg2 import extensions
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from bdense_core.errors import BDenseError
-from search.errors import StorageError
+from search.errors import StorageError, StudyNotFound
 from search.settings import mask
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 # Nobody waits for ever for a study's lock, and a launcher that is frozen while it holds it loses it.
+_LOCK_S = 120
 _LIMITS = text(
-    "SELECT set_config('lock_timeout', '120s', true), set_config('idle_in_transaction_session_timeout', '60s', true)"
+    "SELECT set_config('lock_timeout', :lock, true), set_config('idle_in_transaction_session_timeout', '60s', true)"
 )
+_LOCK = text("SELECT pg_advisory_xact_lock(hashtext(:space), hashtext(:name))")
+_CONNECT_S = 10
+"""How long a connection may take to be made, unless the URL's `connect_timeout` says otherwise."""
+_STATEMENT_S = 150
+"""How long a statement may go without an answer: longer than waiting for a lock, which is an answer in the end."""
+_WAKE_S = 0.5
 _CONNECTION = {
-    "connect_timeout": "10",
+    "connect_timeout": str(_CONNECT_S),
     "keepalives_idle": "30",
     "keepalives_interval": "10",
     "keepalives_count": "3",
@@ -63,10 +73,11 @@ class Database:
         self.hurry = hurry or threading.Event()
         self.revive = revive
         self.on_outage = on_outage
+        extensions.set_wait_callback(_wait)
         given = make_url(url).query.keys()
         options = {key: value for key, value in _CONNECTION.items() if key not in given}
         try:
-            with _alone(url):  # two launchers must not make the tables at once
+            with _alone(url, options):  # two launchers must not make the tables at once
                 self.storage = RDBStorage(
                     url,
                     engine_kwargs={
@@ -96,25 +107,28 @@ class Database:
 
     @contextlib.contextmanager
     def exclusive(self, name: str) -> Iterator["Held"]:
-        """One launcher at a time, on any machine: a PostgreSQL advisory lock on a study's name."""
+        """One launcher at a time, on any machine: a PostgreSQL advisory lock on a study's name.
+
+        Raises:
+            StorageError: somebody else holds it for too long.
+        """
         connection = self.storage.engine.connect()
         try:
-            with contextlib.ExitStack() as released:
-                released.callback(_let_go, connection)
-                connection.execute(_LIMITS)
-                connection.execute(
-                    text("SELECT pg_advisory_xact_lock(hashtext('bdense'), hashtext(:name))"), {"name": name}
-                )
-                yield Held(connection)
+            _lock(connection, "bdense", name, f"study {name!r}")
+            yield Held(connection)
+        except BaseException as error:
+            if is_outage(error) or not isinstance(error, Exception):  # no more words with a server that may be frozen
+                connection.invalidate()
+            raise
         finally:
-            with contextlib.suppress(SQLAlchemyError):
-                connection.close()
+            _let_go(connection)
 
     def outlast(self, action: Callable[[], T], *, recovered: Callable[[], object] = lambda: None) -> T:
         """The action's result; while the database does not answer it is tried again, with `recovered` before it.
 
         Raises:
             StorageError: there was no answer within `patience_s`.
+            StudyNotFound: somebody deleted the study meanwhile.
         """
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_outage),
@@ -127,22 +141,23 @@ class Database:
         try:
             for attempt in retrying:
                 with attempt:
-                    tried = attempt.retry_state
-                    if tried.attempt_number > 1:
+                    if attempt.retry_state.attempt_number > 1:
                         self._renew()
                         recovered()
                     result = action()
-                    if tried.attempt_number > 1:
-                        self._say_outage(time.monotonic() - tried.start_time)
+                    self._end_outage(attempt.retry_state)
                     return result
         except Exception as error:
-            if not is_outage(error):
-                raise
-            self.storage.remove_session()
-            raise StorageError(
-                f"the database {self.address} does not answer: {first_line(error)}; what has ended is kept. "
-                "Run the same command again once it is back"
-            ) from error
+            if is_outage(error):
+                self.storage.remove_session()
+                raise StorageError(
+                    f"the database {self.address} does not answer: {first_line(error)}; what has ended is kept. "
+                    "Run the same command again once it is back"
+                ) from error
+            self._end_outage(attempt.retry_state)
+            if _is_gone(error):
+                raise StudyNotFound("the study is gone: somebody deleted it") from error
+            raise
         raise AssertionError("unreachable: an attempt returns or raises")
 
     def _renew(self) -> None:
@@ -154,6 +169,10 @@ class Database:
     def _begin_outage(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1:
             self._say_outage(None)
+
+    def _end_outage(self, state: tenacity.RetryCallState) -> None:
+        if state.attempt_number > 1:
+            self._say_outage(time.monotonic() - state.start_time)
 
     def _say_outage(self, seconds: float | None) -> None:
         if self.on_outage is not None:
@@ -196,19 +215,27 @@ def outlasting(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether it may go away by waiting: no connection, a restart, a full disk of the server, a standby."""
-    cause: BaseException | None = error
-    while cause is not None:
+    """Whether it may go away by waiting: no connection, a restart, a full disk of the server, a standby.
+
+    An interrupt is none, nor is what we have made of an outage ourselves: that has been waited for.
+    """
+    cause: BaseException | None = error if isinstance(error, Exception) else None
+    while cause is not None and not isinstance(cause, StorageError):
         if isinstance(cause, (OperationalError, InterfaceError)):
             return True
-        if isinstance(cause, DBAPIError) and (cause.connection_invalidated or _is_read_only(cause)):
+        if isinstance(cause, DBAPIError) and (cause.connection_invalidated or _sqlstate(cause) == "25006"):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
 
 
-def _is_read_only(error: DBAPIError) -> bool:
-    return getattr(error.orig, "pgcode", None) == "25006"
+def _sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "pgcode", None)
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether it is what Optuna says of a study, or of a trial of it, that was deleted."""
+    return isinstance(error, KeyError) and error.args == ("Record does not exist.",)
 
 
 def first_line(error: BaseException) -> str:
@@ -219,11 +246,51 @@ def _let_go(connection: Connection) -> None:
     """End the transaction that holds the lock. If the connection is gone, so is the lock: what was done is done."""
     with contextlib.suppress(SQLAlchemyError):
         connection.commit()
+    with contextlib.suppress(SQLAlchemyError):
+        connection.close()
+
+
+def _lock(connection: Connection, space: str, name: str, what: str) -> None:
+    """Take a lock until the transaction's end."""
+    try:
+        connection.execute(_LIMITS, {"lock": f"{_LOCK_S}s"})
+        connection.execute(_LOCK, {"space": space, "name": name})
+    except OperationalError as error:
+        if _sqlstate(error) != "55P03":
+            raise
+        raise StorageError(
+            f"another launcher holds the lock of {what} for more than {_LOCK_S} s; "
+            "run the same command again once it is done, or end it"
+        ) from error
 
 
 @contextlib.contextmanager
-def _alone(url: str) -> Iterator[Any]:
-    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": "10"})
+def _alone(url: str, options: dict[str, str]) -> Iterator[None]:
+    engine = create_engine(url, poolclass=NullPool, connect_args=options)
     with engine.begin() as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('bdense tables'))"))
+        _lock(connection, "bdense tables", "", "the database's tables")
         yield
+
+
+def _wait(connection: extensions.connection) -> None:
+    """Wait for the server as psycopg2 would, but let signals in and give up on a server that is frozen.
+
+    It is asked for every connection of the process; psycopg2 closes the connection when it raises.
+    """
+    settled = (extensions.STATUS_READY, extensions.STATUS_BEGIN, extensions.STATUS_PREPARED)
+    limit = _STATEMENT_S if connection.status in settled else _connect_limit(connection)
+    deadline = time.monotonic() + limit
+    while (state := connection.poll()) != extensions.POLL_OK:
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, _EVENTS[state])
+            is_ready = selector.select(min(_WAKE_S, limit))
+        if not is_ready and time.monotonic() > deadline:
+            raise psycopg2.OperationalError(f"timeout expired: the server is silent for {limit:g} s")
+
+
+_EVENTS = {extensions.POLL_READ: selectors.EVENT_READ, extensions.POLL_WRITE: selectors.EVENT_WRITE}
+
+
+def _connect_limit(connection: extensions.connection) -> float:
+    """The connection's own, since libpq heeds it in connections that block only."""
+    return float(extensions.parse_dsn(connection.dsn).get("connect_timeout", _CONNECT_S)) or _CONNECT_S

@@ -4,17 +4,14 @@ import contextlib
 import json
 import logging
 import os
-import shlex
-import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdense_core.errors import BDenseError
+from bdense_core.errors import BadValue, BDenseError, CheckpointError
 from search import dashboard, logs, ray_environment, server
 from search.checkpoints import Checkpoints
 from search.database import Database
@@ -22,8 +19,8 @@ from search.errors import StorageError
 from search.logs import say
 from search.metrics import Metrics
 from search.preflight import preflight
-from search.settings import Settings, mask
-from search.spec import Study
+from search.settings import Settings
+from search.spec import Study, mutable_values
 from search.storage import Studies, StudyStore
 
 if TYPE_CHECKING:
@@ -41,8 +38,6 @@ class Outcome:
 
     store: StudyStore
     interrupted: bool
-    by_order: bool = False
-    """Whether it was `bdense-weights stop` that interrupted it."""
     given_back: int = 0
 
 
@@ -94,12 +89,14 @@ def launch(
             say(f"metrics: {stack.enter_context(metrics.served(metrics_port))}")
         url = storage_url(settings)
         store = _open(study, url, settings)
+        stop_seen = store.follow().stop
         if store.is_done():
+            _sweep(store, settings)
             say(f"nothing left to do: {store.study.spec.budget.trials} trials and all controls have ended")
             return Outcome(store=store, interrupted=False)
         if with_dashboard:
             say(f"dashboard: {stack.enter_context(dashboard.running(url, port=dashboard_port))}")
-        return _run(store, settings, metrics)
+        return _run(store, settings, metrics, stop_seen)
 
 
 def _open(study: Study, url: str, settings: Settings) -> StudyStore:
@@ -110,9 +107,20 @@ def _open(study: Study, url: str, settings: Settings) -> StudyStore:
     say(f"study {study.name} in {place}")
     for key, value in store.kept.items():
         say(f"{key} stays {json.dumps(value)}, as it was set; `bdense-weights set` changes it")
+    for key, value in store.changed.items():
+        say(f"{key}: {json.dumps(value)} -> {json.dumps(mutable_values(store.study)[key])}, as this launch says")
     if lost := store.trials.reap().lost:
         say(f"{lost} lost trial(s) of an earlier launch put back into the queue")
     return store
+
+
+def _sweep(store: StudyStore, settings: Settings) -> None:
+    """What a launch that was killed at its very end left."""
+    if (kept_at := checkpoints(store.study, settings)) is not None:
+        try:
+            store.sweep(kept_at)
+        except (CheckpointError, BadValue) as error:
+            say(f"warning: {error}", level=logging.WARNING)
 
 
 def _revive(settings: Settings) -> Callable[[], object] | None:
@@ -126,7 +134,7 @@ def checkpoints(study: Study, settings: Settings) -> Checkpoints | None:
     return Checkpoints(section.url or settings.checkpoints) if section.enabled else None
 
 
-def _run(store: StudyStore, settings: Settings, metrics: Metrics) -> Outcome:
+def _run(store: StudyStore, settings: Settings, metrics: Metrics, stop_seen: str) -> Outcome:
     ray_environment.prepare(settings.ray_address)
     from search import placement
     from search.progress import Board
@@ -152,12 +160,15 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics) -> Outcome:
         )
         board.refresh(store.rows(), store.counts())
         store.database.on_outage = board.outage
-        conductor = Conductor(store, board, places, nodes, cache_root=settings.cache, checkpoints=kept_at)
+        conductor = Conductor(
+            store, board, places, nodes, cache_root=settings.cache, checkpoints=kept_at, stop_seen=stop_seen
+        )
         figures = every(_FIGURES_EVERY_S, lambda: _save_figures(store))
 
         def tick() -> None:
             conductor.tick()
-            figures()
+            if not conductor.stopping():
+                figures()
 
         try:
             with board, _stops_on_interrupt(conductor, store.database.hurry):
@@ -179,8 +190,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics) -> Outcome:
         _save_figures(store)
         return Outcome(
             store=store,
-            interrupted=conductor.stop_requested,
-            by_order=conductor.stopped_by_order,
+            interrupted=conductor.stop_requested and not store.is_done(),
             given_back=given_back,
         )
 
@@ -211,14 +221,17 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 def _leave(conductor: "Conductor") -> None:
-    """The cluster is gone and Ray Tune hangs on it: give everything back and end the process."""
-    given_back = conductor.give_back_all()
-    say(
-        f"error: the Ray cluster went away; {given_back} running trial(s) went back into the queue. "
-        "Run the same command again",
-        level=logging.ERROR,
-    )
-    os._exit(1)
+    """The cluster is gone and Ray Tune hangs on it: give everything back and end the process, whatever happens."""
+    try:
+        conductor.hurry()
+        given_back = conductor.give_back_all()
+        say(
+            f"error: the Ray cluster went away; {given_back} running trial(s) went back into the queue. "
+            "Run the same command again",
+            level=logging.ERROR,
+        )
+    finally:
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -247,16 +260,3 @@ def _save_figures(store: StudyStore) -> None:
         store.database.outlast(lambda: figures.save_to_dashboard(store))
     except StorageError as error:  # the conductor meets the same trouble, and decides
         log.warning("the dashboard's figures were not renewed: %s", error)
-
-
-def export_command(study: str, storage: str | None) -> str:
-    """The command that exports a study, as this user can type it; `storage` is the option that was given."""
-    program = "bdense-weights"
-    if shutil.which(program) is None:
-        program = shlex.quote(str(Path(sys.executable).parent / program))
-    command = f"{program} export --study {shlex.quote(study)}"
-    if storage is None:
-        return command
-    if mask(storage) != storage:
-        return f"{command}  # with OPTUNA_STORAGE set to the database you gave"
-    return f"{command} --storage {shlex.quote(storage)}"

@@ -20,6 +20,7 @@ import copy
 import json
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NoReturn
 
 import optuna
@@ -140,6 +141,7 @@ class Trials:
         """Whether rows wait that are to run, and whether the study's total has room for a new one."""
         study = {"study": self._optuna._study_id}
         with self.database.transaction() as connection:
+            connection.execute(queries.ONE_VIEW)  # a trial that ends just now counts once
             rows = [
                 (trial_id, state, json.loads(role or _SEARCH) == SEARCH, enqueued is not None)
                 for trial_id, state, role, enqueued in connection.execute(queries.OPEN, study)
@@ -284,9 +286,9 @@ class Trials:
                 lease = self._lease(connection, trial._trial_id)
             if lease != ("RUNNING", self.owner) and not self._failed_so(trial._trial_id, reason):
                 raise self._lost(number)
-            again = self._end(trial._trial_id, reason, retry=retry, detail=detail)
+            stored = self._end(trial._trial_id, reason, retry=retry, detail=detail)
         del self._live[number]
-        return again
+        return _is_owed_a_retry(stored)
 
     def _failed_so(self, trial_id: int, reason: str) -> bool:
         """Whether it was stored already that the trial failed for this reason, before an outage."""
@@ -381,28 +383,27 @@ class Trials:
         self._reaped_at = now
 
     def _lose(self, trial_id: int, reason: str) -> bool:
-        self._end(trial_id, reason, retry=True)
-        return True
+        """Whether it was lost; its owner may have ended it just now."""
+        return self._end(trial_id, reason, retry=True).state == TrialState.FAIL
 
     # -- to FAIL, and to a retry; the caller holds the study's lock
 
-    def _end(self, trial_id: int, reason: str, *, retry: bool, detail: str | None = None) -> bool:
-        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row unless there were too many; whether it is."""
+    def _end(self, trial_id: int, reason: str, *, retry: bool, detail: str | None = None) -> FrozenTrial:
+        """RUNNING or WAITING to FAIL, and with `retry` a new WAITING row unless there were too many; the row since.
+
+        If it has ended meanwhile it stays as it is, and if it failed before an outage, what is left is its retry.
+        """
         storage = self.database.storage
         tried = len(RetryHeartbeatStaleTrialCallback.retry_history(storage.get_trial(trial_id)))
         again = retry and tried < self.study.spec.lease.max_retries
-        about = {"reason": reason, "final": not retry, "retry": again, "traceback": detail}
-        try:
-            for key, value in about.items():
-                if value is not None:
-                    storage.set_trial_user_attr(trial_id, key, value)
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        except UpdateFinishedTrialError:
-            pass  # it was, by an attempt before an outage: what is left is its retry
+        about = {"reason": reason, "final": not retry, "retry": again} | ({"traceback": detail} if detail else {})
+        with self.database.transaction() as connection:
+            if connection.execute(queries.FAIL, {"trial": trial_id, "now": datetime.now()}).rowcount:
+                connection.execute(queries.SET, {"trial": trial_id, "values": json.dumps(about)})
         stored = storage.get_trial(trial_id)
-        if stored.user_attrs.get("retry"):
+        if _is_owed_a_retry(stored):
             self._retry(stored)
-        return bool(stored.user_attrs.get("retry"))
+        return stored
 
     def _retry_what_was_not(self) -> None:
         with self.database.transaction() as connection:
@@ -425,6 +426,10 @@ class Trials:
         """The numbers of all trials that have a retry."""
         histories = connection.execute(queries.RETRIES, {"study": self._optuna._study_id})
         return {number for (history,) in histories for number in json.loads(history)}
+
+
+def _is_owed_a_retry(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and bool(trial.user_attrs.get("retry"))
 
 
 def _has_params(trial: FrozenTrial) -> bool:

@@ -5,6 +5,7 @@ A node with other code or another torch gives other scores, silently; a study mu
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from search.spec import ResourcesSection
 
 _ANSWER_WITHIN_S = 60.0  # a node starts a process for the question, perhaps from a slow network disk
 _JOINED_ANSWER_WITHIN_S = 10.0  # trials run meanwhile, and nobody listens to them while we wait
+_SILENT_AGAIN_AFTER_S = 300.0
 _PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "pillow", "clean-fid", "ray")
 _CODE = "bdense-search"
 
@@ -44,30 +46,35 @@ class NodeCheck:
         self._resources = resources
         self._folders = [str(folder.resolve()) for folder in folders]
         self._asked: set[str] = set()
+        self._silent: dict[str, float] = {}  # when they are asked again
 
     def run(self) -> list[str]:
         """Ask all nodes that were not asked yet, and wait for their answers; at once if there are none.
 
         Returns:
-            One warning for each folder that a node does not see or cannot write to.
+            One warning for each folder that a node does not see or cannot write to, or this machine cannot.
 
         Raises:
             ClusterError: a node has other code or other packages, or cannot import the code; at the first time also:
-                it does not answer. Later that is a warning, and the next `run` asks it again.
+                it does not answer. Later that is a warning, given once, and it is asked again after minutes.
         """
         new = {
             node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
             for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"] and node["NodeID"] not in self._asked
+            if node["Alive"] and node["NodeID"] not in self._asked and not self._waits(node["NodeID"])
             if room.node_of(node).fits(self._resources) >= 1
         }
         if not new:
             return []
-        with _markers(self._folders) as markers:
+        with _markers(self._folders) as (markers, unmarked):
             answers, silent = _ask(new, markers, _JOINED_ANSWER_WITHIN_S if self._asked else _ANSWER_WITHIN_S)
-        no_answer = [f"node {new[node_id]} does not answer; look at it with `ray status`" for node_id in silent]
+        no_answer = [
+            f"node {new[node_id]} does not answer; look at it with `ray status`"
+            for node_id in silent - self._silent.keys()
+        ]
         if silent and not self._asked:
             raise ClusterError(f"{no_answer[0]}, or take it out of the cluster")
+        self._silent |= dict.fromkeys(silent, time.monotonic() + _SILENT_AGAIN_AFTER_S)
         expected = _probe()([])["versions"]
         if wrong := [text for answer in answers if (text := _differences(answer, expected))]:
             raise ClusterError(
@@ -75,7 +82,10 @@ class NodeCheck:
                 "every node, restart Ray there, and launch again"
             )
         self._asked |= new.keys() - silent
-        return no_answer + [warning for answer in answers for warning in _warnings(answer)]
+        return no_answer + unmarked + [warning for answer in answers for warning in _warnings(answer)]
+
+    def _waits(self, node_id: str) -> bool:
+        return time.monotonic() < self._silent.get(node_id, 0.0)
 
 
 def _ask(nodes: dict[str, str], markers: list[str], timeout_s: float) -> tuple[list[_Answer], set[str]]:
@@ -155,13 +165,27 @@ def _warnings(answer: _Answer) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _markers(folders: list[str]) -> Iterator[list[str]]:
-    """A file in each folder, by a name that nobody else has: the same path elsewhere may be another folder."""
-    markers = [Path(folder) / f".seen-{secrets.token_hex(8)}" for folder in folders]
+def _markers(folders: list[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """A file in each folder, and a warning for each folder that takes none, such as one on a full disk.
+
+    Nobody else has a file of that name: the same path elsewhere may be another folder.
+    """
+    markers: list[Path] = []
+    warnings = []
     try:
-        for marker in markers:
-            marker.touch()
-        yield [str(marker) for marker in markers]
+        for folder in folders:
+            marker = Path(folder) / f".seen-{secrets.token_hex(8)}"
+            try:
+                marker.touch()
+            except OSError as error:
+                warnings.append(
+                    f"this machine cannot write to {folder} ({error.strerror}), so nobody knows whether other nodes "
+                    "see it; free some space, or give the right to write"
+                )
+            else:
+                markers.append(marker)
+        yield [str(marker) for marker in markers], warnings
     finally:
         for marker in markers:
-            marker.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is empty, and no reason to end a launch
+                marker.unlink(missing_ok=True)

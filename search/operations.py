@@ -108,7 +108,7 @@ def status(store: StudyStore) -> Status:
         running=tuple(_running(row, lease, grace_s) for row, lease in held),
         launchers=launchers(list(leases.values()), grace_s),
         finished_per_hour=finished_per_hour(rows, datetime.now()),
-        left_s=time_left(store.study, rows),
+        left_s=time_left(store.study, rows) if launchers(list(leases.values()), grace_s) else None,
     )
 
 
@@ -260,8 +260,6 @@ def edit(store: StudyStore, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
     """
     before = mutable_values(store.study)
     for key, value in values.items():
-        if key not in before:
-            raise BadValue(f"{key} cannot change in a study that exists; what may change: {', '.join(before)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise BadValue(f"{key} must be finite, got {value}")
     store.edit(values)

@@ -26,8 +26,10 @@ def is_dead_here(owner: str) -> bool:
         process = psutil.Process(int(pid))
         gone = process.status() == psutil.STATUS_ZOMBIE
         return gone or abs(process.create_time() - int(started)) > _TOLERANCE_S
-    except psutil.NoSuchProcess:
+    except psutil.ZombieProcess:
         return True
+    except psutil.NoSuchProcess:
+        return not _answers(int(pid))
     except (ValueError, psutil.Error):
         return False
 
@@ -36,6 +38,17 @@ def host_and_pid(owner: str) -> tuple[str, int]:
     """The machine and the process of an owner, for people."""
     host, _, pid, _ = owner.split("|")
     return host, int(pid)
+
+
+def _answers(pid: int) -> bool:
+    """Whether there is such a process, also one of another user that /proc hides (mounted with hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @cache

@@ -138,6 +138,12 @@ class Places:
             return set()
         return {trial.trial_id for trial in self._controller._pending_trials if self._actor_of(trial) is None}
 
+    def starting(self) -> set[str]:
+        """The trials that have a place and whose actor is not there yet: a process starts, imports, reads."""
+        if self._controller is None:
+            return set()
+        return {trial.trial_id for trial in self._controller._pending_trials} - self.waiting()
+
     def kill(self, tune_id: str) -> None:
         """End a trial and its process at once, even one that is frozen, and free its place. Nothing if it has ended.
 

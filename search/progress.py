@@ -182,7 +182,8 @@ class Board:
             return
         self._is_paused = is_paused
         self._metrics.paused(is_paused)
-        self._tell("paused" if is_paused else "unpaused", "paused" if is_paused else "going on after the pause")
+        how = f"paused; `bdense-weights resume --study {self._study}` goes on"
+        self._tell("paused" if is_paused else "unpaused", how if is_paused else "going on after the pause")
 
     def outage(self, seconds: float | None = None) -> None:
         """The database does not answer; with `seconds` it answers again after so long. Only a change is told."""

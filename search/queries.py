@@ -9,19 +9,26 @@ LEASE = text(
 )
 """State and owner of a trial, which stays as it is until the transaction ends."""
 BEAT = text(
-    "INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES (:trial, LOCALTIMESTAMP) "
+    "INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES (:trial, timezone('utc', clock_timestamp())) "
     "ON CONFLICT (trial_id) DO UPDATE SET heartbeat = excluded.heartbeat"
 )
-"""A heartbeat now, by the database's clock."""
+"""A heartbeat now, by the database's clock, in a time that no season and no client's zone changes."""
 SET = text(
     "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
     "SELECT t.trial_id, e.key, e.value::text FROM trials t, json_each(CAST(:values AS json)) e "
-    "WHERE t.trial_id = :trial AND t.state = 'RUNNING' "
+    "WHERE t.trial_id = :trial "
     "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"
 )
-"""Attributes of a running trial, a JSON object of them at once."""
+"""Attributes of a trial, a JSON object of them at once; its state was looked at in the same transaction."""
 WAIT = text("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial AND state = 'RUNNING'")
 """A running trial waits."""
+FAIL = text(
+    "UPDATE trials SET state = 'FAIL', datetime_complete = :now "
+    "WHERE trial_id = :trial AND state IN ('RUNNING', 'WAITING')"
+)
+"""A trial that has not ended fails."""
+ONE_VIEW = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+"""First in a transaction: all its statements see the same moment."""
 OPEN = text(
     "SELECT t.trial_id, t.state, r.value_json, e.value_json FROM trials t "
     "LEFT JOIN trial_user_attributes r ON r.trial_id = t.trial_id AND r.key = 'role' "
@@ -39,7 +46,8 @@ ENDED = text(
 RUNNING = text(
     "SELECT t.trial_id, t.number, o.value_json, "
     "CASE WHEN h.heartbeat IS NOT NULL THEN "
-    "EXTRACT(EPOCH FROM LEAST(LOCALTIMESTAMP - h.heartbeat, clock_timestamp() - pg_postmaster_start_time())) END "
+    "EXTRACT(EPOCH FROM LEAST(timezone('utc', clock_timestamp()) - h.heartbeat, "
+    "clock_timestamp() - pg_postmaster_start_time())) END "
     "FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
     "LEFT JOIN trial_user_attributes o ON o.trial_id = t.trial_id AND o.key = 'owner' "
     "WHERE t.study_id = :study AND t.state = 'RUNNING'"

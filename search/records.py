@@ -46,7 +46,9 @@ class Row:
     reason: str | None
     is_final: bool
     """A failure of the run itself: it would fail again, so nobody retries it."""
-    is_enqueued: bool
+    is_retried: bool = False
+    """Failed, and tried again by another row, which comes within seconds if it is not there."""
+    is_enqueued: bool = False
     """A person's own proposal."""
     owner: str | None
     retry_of: int | None
@@ -120,6 +122,11 @@ class StudySummary:
     counts: Counts
     best: float | None
     created: str
+
+
+def last_of_chains(rows: list[Row]) -> list[Row]:
+    """Of each trial the newest attempt, by the number of the first one."""
+    return list({row.origin: row for row in rows}.values())
 
 
 def count(rows: list[Row]) -> Counts:

@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy.exc import SQLAlchemyError
 
-from bdense_core.errors import BDenseError
+from bdense_core.errors import BadValue, BDenseError, CheckpointError
 from search.checkpoints import Checkpoints
-from search.errors import ClusterError, LeaseLost, StorageError
+from search.errors import LeaseLost, StorageError
 from search.nodes import NodeCheck
 from search.placement import Places
 from search.progress import Board
-from search.records import Claim
+from search.records import Claim, count
+from search.spec import mutable_values
 from search.storage import StudyStore
 from search.version import source_fingerprint
 from search.worker import payload
@@ -26,6 +28,7 @@ _ASK_AGAIN_S = 1.0
 _FOLLOW_EVERY_S = 2.0
 _REAP_EVERY_S = 5.0
 _SWEEP_EVERY_S = 60.0
+_START_WITHIN_S = 900.0
 _LOOK_FOR_NODES_EVERY_S = 10.0
 
 T = TypeVar("T")
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Running:
     claim: Claim
+    begun: float
     beat: float
     notes: list[str] = field(default_factory=list)
     pace: tuple[float, float] | None = None
@@ -55,8 +59,13 @@ class Conductor:
         *,
         cache_root: Path,
         checkpoints: Checkpoints | None,
+        stop_seen: str = "",
     ) -> None:
-        """`nodes`: asks the nodes of a cluster that join while the study runs."""
+        """
+        Args:
+            nodes: asks the nodes of a cluster that join while the study runs.
+            stop_seen: the order to stop as it was when this launch began.
+        """
         self._store = store
         self._trials = store.trials
         self._board = board
@@ -69,9 +78,8 @@ class Conductor:
         self._asked = 0.0
         self._failures = 0.0
         self._paused = False
-        self._first_orders: str | None = None
+        self._stop_seen = stop_seen
         self.stop_requested = False
-        self.stopped_by_order = False
         self.fatal: str | None = None
         self._chores = [
             every(_FOLLOW_EVERY_S, self._follow),
@@ -104,7 +112,7 @@ class Conductor:
         if claim is None:
             self._asked = time.monotonic()
             return None if self._running else self._idle()
-        self._running[tune_id] = _Running(claim, time.monotonic())
+        self._running[tune_id] = _Running(claim, time.monotonic(), time.monotonic())
         self._board.started(claim)
         study = self._store.study
         task = study.task(claim.weights, claim.seeds[0], cache_root=self._cache_root)
@@ -132,6 +140,9 @@ class Conductor:
             self._fail(tune_id, result["reason"], retry=retry, detail=result.get("detail"))
             return str(TrialScheduler.STOP)
         about = self._about(running, result)
+        if result["event"] == "score" and not result["done"] and int(result["kimg"]) in claim.reported:
+            self._beat(running, about)  # said again by a run that goes on from its checkpoint
+            return str(TrialScheduler.CONTINUE)
         self._board.progressed(claim, result)
         if result["event"] == "progress":
             self._beat(running, about)
@@ -143,6 +154,7 @@ class Conductor:
                 self._trials.prune(claim.number, value)
                 self._board.ended(claim, "PRUNED", value)
                 self._end(tune_id)
+                self._failures = 0.0
                 return str(TrialScheduler.STOP)
         if done:
             if repeats := result["repeats"]:
@@ -160,7 +172,7 @@ class Conductor:
             running.pace = now, kimg
         since, begin = running.pace
         progress = {key: result.get(key) for key in ("node", "pid", "kimg", "fraction", "phase", "loss")}
-        progress["kimg_per_s"] = round((kimg - begin) / (now - since), 6) if now > since else None
+        progress["kimg_per_s"] = round((kimg - begin) / (now - since), 6) if kimg > begin else None
         about: dict[str, Any] = {"progress": progress}
         if result.get("resumed") is not None:
             about["resumed_from"] = result["resumed"]
@@ -188,20 +200,26 @@ class Conductor:
             return
         self._or_end(self._beat_for_those_that_wait, None)
         for chore in self._chores:
-            self._or_end(chore, None)
+            if not self.stopping():
+                self._or_end(chore, None)
 
     def _beat_for_those_that_wait(self) -> None:
-        for tune_id in self._places.waiting() & self._running.keys():
+        """For a place as long as it takes; for a process that starts, a while: many at once, on a slow disk."""
+        late = time.monotonic() - _START_WITHIN_S
+        starting = {key for key in self._places.starting() & self._running.keys() if self._running[key].begun > late}
+        for tune_id in starting | (self._places.waiting() & self._running.keys()):
             with contextlib.suppress(LeaseLost):
                 self._beat(self._running[tune_id], {})
 
     def _follow(self) -> None:
+        before = mutable_values(self._store.study)
         orders = self._store.follow()
-        if self._first_orders is None:
-            self._first_orders = orders.stop
-        if orders.stop != self._first_orders:
+        for key, value in mutable_values(self._store.study).items():
+            if value != before.get(key):
+                self._board.note(f"{key}: {before.get(key)} -> {value}, as set")
+        if orders.stop != self._stop_seen:
             self._board.note("stopping, as asked by `bdense-weights stop`: running trials go back into the queue")
-            self.stop_requested = self.stopped_by_order = True
+            self.stop_requested = True
         if orders.paused != self._paused:
             self._paused = orders.paused
             self._board.paused(orders.paused)
@@ -213,9 +231,10 @@ class Conductor:
         for tune_id in [key for key, running in self._running.items() if running.claim.number in reaped.ours]:
             self._places.kill(tune_id)  # its worker is frozen, or works for nothing
             self._lost(tune_id, "it lost its lease; its worker is stopped")
+        rows = self._store.rows()
         self._board.refresh(
-            self._store.rows(),
-            self._store.counts(),
+            rows,
+            count(rows),
             trials=self._store.study.spec.budget.trials,
             slots=self._places.total(),
         )
@@ -225,27 +244,24 @@ class Conductor:
             self._board.note(warning)
 
     def _sweep(self) -> None:
-        """Remove the checkpoints of trials that have ended. Listed before the rows are read: no new trial is hit."""
-        if self._checkpoints is None:
-            return
-        try:
-            stored = self._checkpoints.trials(self._store.key)
-        except BDenseError as error:  # that the storage is away concerns running trials, and they say so
-            log.warning("%s", error)
-            return
-        still_open = {row.origin for row in self._store.rows() if row.state in ("RUNNING", "WAITING")} if stored else ()
-        for origin in stored:
-            if origin not in still_open:
-                self._checkpoints.remove(self._store.key, origin)
+        if self._checkpoints is not None:
+            try:
+                self._store.sweep(self._checkpoints)
+            except (CheckpointError, BadValue) as error:  # running trials have the same trouble, and say so
+                log.warning("%s", error)
+
+    def hurry(self) -> None:
+        """Wait for no database any more."""
+        self._store.database.hurry.set()
 
     def give_back_all(self) -> int:
         """Put our unfinished trials back into the queue; how many there were."""
         claims = [running.claim for running in self._running.values()]
         self._running.clear()
         for claim in claims:
-            with contextlib.suppress(StorageError):  # without a database its lease expires by itself
+            with contextlib.suppress(StorageError, SQLAlchemyError):  # without a database its lease expires by itself
                 self._trials.give_back(claim.number)
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError, SQLAlchemyError):
             self._sweep()
         return len(claims)
 
@@ -278,13 +294,14 @@ class Conductor:
         self._asked = 0.0
 
     def _or_end(self, action: Callable[[], T], otherwise: T) -> T:
-        """The action's result. A database that stays away, or a node of other code, ends the launch with its reason."""
+        """The action's result. A database that stays away, a node of other code and the like end the launch."""
         try:
             return action()
         except LeaseLost:
             raise
-        except (StorageError, ClusterError) as error:
+        except BDenseError as error:
             self.fatal = str(error)
+            self.hurry()
             return otherwise
 
 

@@ -1,5 +1,6 @@
 """Studies in the database: created, resumed, edited, steered, read and deleted. Trials change in `lifecycle.py`."""
 
+import difflib
 import json
 import logging
 import math
@@ -15,13 +16,14 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 
-from bdense_core.errors import BadValue
+from bdense_core.errors import BadValue, UnknownKey
 from bdense_core.files import sha256_of
+from search.checkpoints import Checkpoints
 from search.database import Database, outlasting
 from search.errors import StudyBusy, StudyExists, StudyNotFound
 from search.lifecycle import Trials
-from search.records import CONTROL, SEARCH, Counts, Row, StudySummary, count
-from search.spec import MUTABLE, Study, differences, mutable_values
+from search.records import CONTROL, SEARCH, Counts, Row, StudySummary, count, last_of_chains
+from search.spec import MUTABLE, Study, differences, known_keys, mutable_values
 from search.study_file import check_search
 from search.version import code_version
 
@@ -93,6 +95,8 @@ class Studies:
         edited = {key: value for key, value in stored.items() if key in now and now[key] == launched.get(key, value)}
         store.kept = {key: value for key, value in edited.items() if value != now[key]}
         store.save(study.edited(store.kept))
+        taken = mutable_values(store.study)
+        store.changed = {key: value for key, value in stored.items() if key in taken and taken[key] != value}
         return store
 
     def open(self, name: str) -> "StudyStore":
@@ -147,15 +151,19 @@ class StudyStore:
 
     Attributes:
         trials: their lives.
+        key: a name for folders that no other study has, in no database at no time.
         kept: keys that keep their value from `set` although the launch's file says otherwise.
+        changed: keys that a launch changed, with their values before.
     """
 
     def __init__(self, database: Database, optuna_study: optuna.Study, study: Study) -> None:
         self.database = database
         self.kept: dict[str, Any] = {}
+        self.changed: dict[str, Any] = {}
         self.trials = Trials(database, optuna_study, study)
         self._optuna = optuna_study
         self._ended: dict[int, Row] = {}
+        self.key = f"{study.name}-{sha256_of([study.name, optuna_study.user_attrs.get(_CREATED)])[:8]}"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a study's store holds the database and is never pickled")
@@ -183,11 +191,6 @@ class StudyStore:
         spec: dict[str, Any] = self._optuna.user_attrs[_SPEC]
         return spec
 
-    @property
-    def key(self) -> str:
-        """A name for folders that no other study has, in no database at no time."""
-        return f"{self.name}-{sha256_of([self.name, self._optuna.user_attrs.get(_CREATED)])[:8]}"
-
     def save(self, study: Study) -> None:
         """Store the resolved study with whatever may change in it."""
         self.trials.study = study
@@ -200,7 +203,11 @@ class StudyStore:
         Raises:
             BadValue: a key that may not change, or a value that is none; nothing was changed.
         """
+        known = known_keys(self.study.spec.method.kind, self.study.spec.space.family)
         for key in values:
+            if key not in known and key not in MUTABLE:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+                raise UnknownKey(f"unknown key {key}; did you mean {nearest[0]}?")
             if not any(key == allowed or key.startswith(allowed + ".") for allowed in MUTABLE):
                 raise BadValue(
                     f"{key} cannot be changed in a study that exists: results depend on it; "
@@ -209,7 +216,7 @@ class StudyStore:
         with self.database.exclusive(self.name):
             study = Study.from_dict(self.stored_spec).edited(values)
             check_search(study.spec)
-            if different := differences(self.stored_spec, study.to_dict()):
+            if different := differences(Study.from_dict(self.stored_spec).to_dict(), study.to_dict()):
                 raise BadValue(f"a study that exists cannot change {'; '.join(different)}: results depend on it")
             self.save(study)
 
@@ -247,18 +254,36 @@ class StudyStore:
 
     @outlasting
     def follow(self) -> Orders:
-        """The orders as they are now; the study's edited keys are taken over on the way."""
+        """The orders as they are now; the study's edited keys are taken over on the way.
+
+        Raises:
+            StudyNotFound: the study was deleted.
+        """
         query = text(
             "SELECT key, value_json FROM study_user_attributes WHERE study_id = :study AND key IN (:spec, :orders)"
         )
         with self.database.transaction() as connection:
             rows = connection.execute(query, {"study": self._optuna._study_id, "spec": _SPEC, "orders": _ORDERS}).all()
         found = {key: json.loads(value) for key, value in rows}
-        if _SPEC in found:
-            edited = self.study.edited(mutable_values(Study.from_dict(found[_SPEC])))
-            if edited != self.study:
-                self.trials.study = edited
+        if _SPEC not in found:
+            raise StudyNotFound(f"study {self.name!r} is gone: somebody deleted it")
+        edited = self.study.edited(mutable_values(Study.from_dict(found[_SPEC])))
+        if edited != self.study:
+            self.trials.study = edited
         return Orders(**found.get(_ORDERS, {}))
+
+    def sweep(self, checkpoints: Checkpoints) -> None:
+        """Remove the state of trials that have ended. It is listed before the rows are read: no new trial is hit.
+
+        Raises:
+            BDenseError: the storage of the checkpoints cannot be asked.
+        """
+        kept = checkpoints.trials(self.key)
+        rows = last_of_chains(self.rows()) if kept else []
+        still_open = {row.origin for row in rows if row.state in ("RUNNING", "WAITING") or row.is_retried}
+        for origin in kept:
+            if origin not in still_open:
+                checkpoints.remove(self.key, origin)
 
     def enqueue(self, params: dict[str, float]) -> int:
         """Queue a proposal of a person's own: it runs in any case, and counts towards the total.
@@ -282,7 +307,8 @@ class StudyStore:
 
     def enqueue_missing_controls(self) -> None:
         """Put every control that neither ran nor waits into the queue."""
-        present = {row.role for row in self.rows() if row.state != "FAIL" or row.is_final}
+        newest = last_of_chains(self.rows())
+        present = {row.role for row in newest if row.state != "FAIL" or row.is_final or row.is_retried}
         for name, weights in self.study.controls().items():
             role = CONTROL + name
             if role not in present:
@@ -340,6 +366,7 @@ def _row(trial: FrozenTrial) -> Row:
         reason=reason if trial.state == TrialState.FAIL else None,
         owner=attributes.get("owner"),
         is_final=bool(attributes.get("final")),
+        is_retried=trial.state == TrialState.FAIL and bool(attributes.get("retry")),
         is_enqueued="enqueued" in attributes,
         retry_of=RetryHeartbeatStaleTrialCallback.retried_trial_number(trial),
         protocol=attributes.get("protocol"),

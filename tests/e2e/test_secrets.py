@@ -224,6 +224,9 @@ def test_a_password_is_nowhere_but_with_who_needs_it(newcomer: User, postgres, g
     assert watch.sessions and any("/raylet" in place for place in watch.looked_at)
     assert any("dashboard: http" in line for line in launch.lines)
     assert not watch.found
+    (export,) = [line for line in launch.lines if "export the best weights: " in line]
+    hint = f"# with OPTUNA_STORAGE set to {postgres.url('***')}"
+    assert (hint in export) == (given == "in the URL") and (f"--storage {url}" in export) != (hint in export)
     rows = list(postgres.rows())
     assert len(rows) > 20
     assert not [row for row in rows if postgres.password in row]
@@ -240,6 +243,26 @@ def test_a_dashboard_shows_no_password(newcomer: User, postgres) -> None:
     dashboard.interrupt()
     dashboard.wait()
     assert "stud" in content and postgres.password not in content + "".join(dashboard.lines)
+
+
+def test_a_command_that_runs_on_hides_the_password_that_was_typed(newcomer: User, postgres) -> None:
+    for option in (("--storage", postgres.url(postgres.password)), (f"--storage={postgres.url(postgres.password)}",)):
+        dashboard = newcomer.start(str(WEIGHTS), "dashboard", "--port", "0", *option)
+        dashboard.wait_for(lambda lines: any("http://" in line for line in lines))
+        line = _read(Path(f"/proc/{dashboard.process.pid}/cmdline"))
+        dashboard.interrupt()
+        dashboard.wait()
+        assert b"--port" in line and postgres.password.encode() not in line
+
+
+def test_an_interrupted_launch_says_which_database_its_hidden_password_led_to(newcomer: User, postgres) -> None:
+    command = (*STUDY, "--study", "interrupted", "--no-dashboard", "--set", "method.seconds=60")
+    launch = newcomer.start_launch(*command, "--storage", postgres.url(postgres.password))
+    launch.wait_for(lambda lines: any("study interrupted in" in line for line in lines))
+    launch.interrupt()
+    assert launch.wait() == 130, launch.lines
+    (again,) = [line for line in launch.lines if "Resume with: " in line]
+    assert f"# with OPTUNA_STORAGE set to {postgres.url('***')}" in again and "--storage" not in again
 
 
 def test_a_password_file_and_a_required_encryption_work(newcomer: User, postgres, encrypted, tmp_path: Path) -> None:

@@ -1,9 +1,18 @@
 """Processes told apart."""
 
+import contextlib
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
 
 from search import owner
+
+SOMEBODY, NOBODY = 65533, 65534
 
 
 def test_a_living_process_is_not_dead_and_an_ended_one_is() -> None:
@@ -27,3 +36,41 @@ def test_a_corrected_clock_does_not_kill_and_a_reused_number_does_not_revive() -
 def test_owners_elsewhere_and_unreadable_ones_are_left_alone() -> None:
     assert not owner.is_dead_here("localhost|another-boot|1|1")
     assert not owner.is_dead_here("nonsense")
+
+
+@contextlib.contextmanager
+def process_of_another_user() -> Iterator[str]:
+    """One that we may send no signal to, as an owner."""
+    if os.geteuid() != 0:
+        yield owner_with(1)
+        return
+    child = subprocess.Popen(["sleep", "600"], user=NOBODY)
+    name = owner_with(child.pid)
+    os.seteuid(SOMEBODY)
+    try:
+        yield name
+    finally:
+        os.seteuid(0)
+        child.kill()
+        child.wait()
+
+
+def owner_with(pid: int) -> str:
+    host, system, _, started = owner.this_process().split("|")
+    return "|".join([host, system, str(pid), started])
+
+
+def test_a_hidden_process_of_another_user_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with process_of_another_user() as name:
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # as /proc with hidepid=2 is for others' processes
+        with pytest.raises(PermissionError):
+            os.kill(owner.host_and_pid(name)[1], 0)
+        assert not owner.is_dead_here(name)
+
+
+def test_an_ended_process_is_dead_where_proc_hides_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    name = owner_with(child.pid)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert owner.is_dead_here(name)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -59,6 +60,19 @@ class Hanging(MemoryFileSystem):
         if "put" in self.hangs:
             self.let_go.wait(60)
         return super().put_file(*arguments, **named)
+
+
+class Crowded(MemoryFileSystem):
+    """A store where two write before either goes on."""
+
+    protocol = "crowded"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    both = threading.Barrier(2, timeout=60)
+
+    def pipe_file(self, *arguments: Any, **named: Any) -> None:
+        super().pipe_file(*arguments, **named)
+        self.both.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -409,6 +423,7 @@ def test_every_event_says_where_it_comes_from(location: str) -> None:
 def register() -> None:
     fsspec.register_implementation("unreachable", Unreachable, clobber=True)
     fsspec.register_implementation("hanging", Hanging, clobber=True)
+    fsspec.register_implementation("crowded", Crowded, clobber=True)
     fsspec.register_implementation("driverless", "driverless.Files", clobber=True, errtxt="Install driverless")
 
 
@@ -427,6 +442,14 @@ def test_the_launcher_lists_and_removes_what_trials_left(tmp_path: Path, memory:
     assert kept.trials("digits-1") == [0]
     kept.remove_study("digits-1")
     assert (kept.trials("digits-1"), kept.trials("digits-10")) == ([], [7])
+
+
+def test_two_launchers_that_start_together_do_not_disturb_each_other() -> None:
+    register()
+    with ThreadPoolExecutor(2) as pool:
+        for launcher in [pool.submit(Checkpoints("crowded://store").prepare) for _ in range(2)]:
+            launcher.result()
+    assert not Crowded.store
 
 
 def test_a_location_is_a_plain_name_below_the_root() -> None:
