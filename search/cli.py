@@ -81,22 +81,26 @@ def launch(
     metrics_port: int | None,
     form: str,
 ) -> None:
-    """Create or resume a study and run it. Without a file: the quickstart on the digits."""
+    """Create or resume a study and run it. Without a file: the stored study of that name, else the quickstart."""
     logs.configure(log_format)
     from search import launch as launching
     from search import quality
-    from search.study_file import load_study, studies_folder
+    from search.study_file import assignment, load_study, studies_folder
 
     if trials is not None:
         overrides = (*overrides, f"budget.trials={trials}")
     settings = load_settings(storage, ray_address)
-    study = load_study(
-        file or studies_folder() / "digits.yaml",
-        name=name,
-        overrides=overrides,
-        models=settings.models,
-        tolerate_missing=dry_run,
-    )
+    stored = launching.stored_study(name, settings) if name and not file and not dry_run else None
+    if stored is not None:  # a name alone means the study of that name, whatever file it came from
+        study = stored.edited(dict(assignment(override, "--set") for override in overrides))
+    else:
+        study = load_study(
+            file or studies_folder() / "digits.yaml",
+            name=name,
+            overrides=overrides,
+            models=settings.models,
+            tolerate_missing=dry_run,
+        )
     for note in quality.notes(study):
         say(f"note: {note}")
     if dry_run:
@@ -119,10 +123,8 @@ def launch(
         metrics_port=metrics_port,
     )
     if outcome.interrupted:
-        again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])])
-        say(
-            f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}{storage_comment(storage)}"
-        )
+        again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])]) + storage_comment(storage)
+        say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
         sys.exit(_INTERRUPTED)
     _print_study(outcome.store, form)
     say("")

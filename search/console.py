@@ -22,11 +22,11 @@ def _hide_password(_context: click.Context, _option: click.Parameter, storage: s
     """Start over with the URL in the environment: a command line is for all to read, and Ray stores it."""
     if storage is None:
         return os.environ.pop(_HIDDEN, None)  # no child of ours needs it
-    if mask(storage) == storage or not any(argument.endswith(storage) for argument in sys.orig_argv):
-        return storage
-    sys.stdout.flush()
-    arguments = [sys.executable, *_without_storage(sys.orig_argv[1:])]
-    os.execve(sys.executable, arguments, os.environ | {_HIDDEN: storage})
+    if mask(storage) != storage and any(argument.endswith(storage) for argument in sys.orig_argv):
+        sys.stdout.flush()
+        arguments = [sys.executable, *_without_storage(sys.orig_argv[1:])]
+        os.execve(sys.executable, arguments, os.environ | {_HIDDEN: storage})
+    return storage
 
 
 def _without_storage(arguments: Sequence[str]) -> Iterator[str]:

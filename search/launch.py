@@ -73,6 +73,21 @@ def found_studies(settings: Settings) -> Studies:
     return Studies(Database(found_storage_url(settings)))
 
 
+def stored_study(name: str, settings: Settings) -> Study | None:
+    """The study of that name if there is one; nothing is started or made for looking, but an embedded server.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    if settings.storage is None and not settings.postgres.exists():
+        return None
+    studies = found_studies(settings)
+    try:
+        return studies.open(name).study if name in studies.names() else None
+    finally:
+        studies.database.close()
+
+
 def launch(
     study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int, metrics_port: int | None = None
 ) -> Outcome:

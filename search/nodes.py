@@ -82,7 +82,8 @@ class NodeCheck:
                 "every node, restart Ray there, and launch again"
             )
         self._asked |= new.keys() - silent
-        return no_answer + unmarked + [warning for answer in answers for warning in _warnings(answer)]
+        unseen = [warning for answer in answers for warning in _warnings(answer)]
+        return no_answer + (unmarked if answers else []) + unseen
 
     def _waits(self, node_id: str) -> bool:
         return time.monotonic() < self._silent.get(node_id, 0.0)

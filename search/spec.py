@@ -244,7 +244,9 @@ class Study:
             *parents, last = key.split(".")
             section = spec
             for parent in parents:
-                section = section[parent]
+                section = section.setdefault(parent, {})
+                if not isinstance(section, dict):
+                    raise BadValue(f"{key}: {parent} is a value, not a section")
             section[last] = value
         return replace(self, spec=validate(spec, "the edited study"))
 

@@ -256,9 +256,9 @@ def test_a_command_that_runs_on_hides_the_password_that_was_typed(newcomer: User
 
 
 def test_an_interrupted_launch_says_which_database_its_hidden_password_led_to(newcomer: User, postgres) -> None:
-    command = (*STUDY, "--study", "interrupted", "--no-dashboard", "--set", "method.seconds=60")
+    command = (*STUDY, "--study", "interrupted", "--no-dashboard", "--trials", "50", "--set", "pruner.kind=none")
     launch = newcomer.start_launch(*command, "--storage", postgres.url(postgres.password))
-    launch.wait_for(lambda lines: any("study interrupted in" in line for line in lines))
+    launch.wait_for(lambda lines: any(" COMPLETE " in line for line in lines))
     launch.interrupt()
     assert launch.wait() == 130, launch.lines
     (again,) = [line for line in launch.lines if "Resume with: " in line]

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +12,8 @@ import pytest
 from search import owner
 
 SOMEBODY, NOBODY = 65533, 65534
+SHOWS_NOTHING = "/nowhere"
+"""In place of /proc: mounted with hidepid=2 it does not show the processes of others."""
 
 
 def test_a_living_process_is_not_dead_and_an_ended_one_is() -> None:
@@ -60,17 +61,17 @@ def owner_with(pid: int) -> str:
     return "|".join([host, system, str(pid), started])
 
 
-def test_a_hidden_process_of_another_user_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hidden_process_of_another_user_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     with process_of_another_user() as name:
-        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # as /proc with hidepid=2 is for others' processes
+        monkeypatch.setattr(psutil, "PROCFS_PATH", SHOWS_NOTHING)
         with pytest.raises(PermissionError):
             os.kill(owner.host_and_pid(name)[1], 0)
         assert not owner.is_dead_here(name)
 
 
-def test_an_ended_process_is_dead_where_proc_hides_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ended_process_is_dead_where_proc_hides_some(monkeypatch: pytest.MonkeyPatch) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     name = owner_with(child.pid)
-    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    monkeypatch.setattr(psutil, "PROCFS_PATH", SHOWS_NOTHING)
     assert owner.is_dead_here(name)
