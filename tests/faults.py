@@ -14,6 +14,8 @@ is given again until it ends well. Then the tables are read by SQL of our own, n
     differs   a value that is not the function's, another best trial (by SQL, or by `bdense-weights export`),
               or a row that was COMPLETE before the fault and is not the same any more
     stuck     a launch that did not end within minutes, or that ended badly each time
+    struck    a run in which the fault left a trace: a second launch, a row that failed or was resumed, or a line about
+              a lost trial or a database that does not answer. Only these say something about counting under faults
 
 Everything is drawn from --seed, though what a kill meets differs from time to time. Only processes of a launch's own
 session are killed, and the PostgreSQL of this home.
@@ -70,6 +72,8 @@ class Grid:
     points: int = 8
     seconds: float = 1.2
     slopes: tuple[float, float] = (-0.5, 3.0)
+    spared: int = 1
+    """So many scores from the end on nothing strikes."""
 
     def options(self, *more: str) -> list[str]:
         """What the launch command gets beside the study's file and name; `more` are keys with values."""
@@ -123,7 +127,7 @@ class Moment:
     def drawn(cls, chance: random.Random, grid: Grid) -> "Moment":
         if chance.random() < _SHARE_AT_START:
             return cls(0, chance.uniform(0, _STARTING_S))
-        return cls(chance.randint(1, grid.reports - 1), chance.uniform(0, 0.4))
+        return cls(chance.randint(1, grid.reports - grid.spared), chance.uniform(0, 0.4))
 
     def wait(self, launch: Running) -> None:
         launch.wait_for(lambda lines: sum(" synthetic-score " in line for line in lines) >= self.reports)
@@ -213,8 +217,10 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
     "raylet": _raylet,
     "postgres": _postgres,
 }
-GRIDS = {"raylet": Grid(seconds=4.0)}
-"""Workers go on for a while without their raylet: a study that ends meanwhile would not notice."""
+GRIDS = {"raylet": Grid(seconds=8.0, spared=16)}
+"""Workers go on for some 15 s without their raylet: a study that ends meanwhile would not notice."""
+_TRACES = ("LOST: ", " FAILED", "lost trial(s)", "the database does not answer")
+"""What a launcher says when it has noticed."""
 
 
 # -- what became of it
@@ -271,6 +277,7 @@ class Counts:
     zombie: int = 0
     differs: int = 0
     stuck: int = 0
+    struck: int = 0
     resumed: int = 0
     launches: int = 0
 
@@ -310,6 +317,13 @@ def audit(
         resumed=sum("resumed_from" in row.about for row in rows),
     )
     return counts, tuple(_differences(rows, truth, before, exported))
+
+
+def left_a_trace(rows: list[Trial], output: Sequence[str]) -> bool:
+    """Whether rows or the launchers' lines tell of a fault."""
+    return any(row.state == "FAIL" or "resumed_from" in row.about for row in rows) or any(
+        trace in line for line in output for trace in _TRACES
+    )
 
 
 def _differences(
@@ -352,9 +366,13 @@ def run(
     finally:
         for each in scenes:  # what a killed launcher's Ray has left behind, if it is still there
             kill(each.processes())
-    counts, wrong = audit(read_trials(user.home, study), grid.truth(), before, _exported(user, study))
-    counts += Counts(runs=0, differs=int(bool(wrong)), stuck=stuck + (not ended), launches=len(scenes))
+    rows = read_trials(user.home, study)
     output = tuple(line.rstrip() for each in scenes for line in (f"--- {study}", *each.launch.lines))
+    counts, wrong = audit(rows, grid.truth(), before, _exported(user, study))
+    counts += Counts(
+        runs=0, differs=int(bool(wrong)), stuck=stuck + (not ended), launches=len(scenes),
+        struck=int(len(scenes) > 1 or left_a_trace(rows, output)),
+    )  # fmt: skip
     return Run(study, fault, moment, counts, wrong, output)
 
 

@@ -37,7 +37,7 @@ def home() -> Iterator[Path]:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience for statements and locks that a test can wait out."""
-    monkeypatch.setattr(database_module, "_STATEMENT_S", 1)
+    monkeypatch.setattr(database_module, "_STATEMENT_S", 3)
     monkeypatch.setattr(database_module, "_LOCK_S", 1)
 
 
@@ -109,7 +109,7 @@ def test_a_database_that_stays_frozen_is_one_clear_error(home: Path, short: None
     url = server.ensure_running(home) + "&connect_timeout=1"
     database = Database(url)
     with database.exclusive("t") as lock, frozen(home):
-        with pytest.raises(OperationalError, match="silent for 1 s"):
+        with pytest.raises(OperationalError, match="silent for 3 s"):
             lock.check()
         with pytest.raises(StorageError, match=r"cannot be used.*silent for 1 s"):
             Database(url)
@@ -192,8 +192,8 @@ def test_a_study_that_was_deleted_meanwhile_is_said_to_be_gone(database_url: str
     Studies(store.database).delete(store.name)
     with pytest.raises(StudyNotFound, match="the study is gone: somebody deleted it"):
         store.database.outlast(lambda: store.database.storage.get_study_user_attrs(store.optuna_study._study_id))
-    with pytest.raises(KeyError, match="something else"):
-        store.database.outlast(lambda: os.environ["something else"])
+    with pytest.raises(KeyError, match="SOMETHING_ELSE"):
+        store.database.outlast(lambda: os.environ["SOMETHING_ELSE"])
     store.database.close()
 
 
