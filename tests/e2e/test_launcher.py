@@ -124,19 +124,9 @@ def test_two_launchers_at_once_share_the_work_without_doubling_it(user) -> None:
 
 def test_a_killed_worker_costs_one_retry_and_nothing_else(newcomer) -> None:
     run = newcomer.start_launch(SYNTHETIC, "--study", "worker", "--trials", "3", *SLOW, "--set", "method.seconds=6")
-    run.wait_for(lambda lines: any(" kimg 1 " in line for line in lines))
-    actors: list[psutil.Process] = []
-
-    def actor_found(_lines: list[str]) -> bool:
-        for process in psutil.process_iter(["environ", "name", "cmdline"]):
-            title = " ".join(process.info["cmdline"] or [])
-            mine = (process.info["environ"] or {}).get("BDENSE_HOME") == str(newcomer.home)
-            if mine and title.startswith("ray::TrialActor"):
-                actors.append(process)
-        return bool(actors)
-
-    run.wait_for(actor_found)
-    actors[0].kill()
+    run.wait_for(lambda lines: any(" runs in process " in line for line in lines))
+    pid = next(found[1] for line in run.lines if (found := re.search(r" runs in process (\d+)", line)))
+    psutil.Process(int(pid)).kill()
     assert run.wait() == 0, "\n".join(run.lines)
     trials = newcomer.show("worker")["trials"]
     assert Counter(trial["role"] for trial in trials if trial["state"] == "COMPLETE")["search"] == 3

@@ -172,10 +172,11 @@ def test_a_pause_and_an_outage_are_told_once_and_stay_in_sight(capsys: pytest.Ca
     watched.outage(75)
     watched.paused(False)
     assert "PAUSED" not in shown(watched) and "NO DATABASE" not in shown(watched)
+    paused = "paused; `bdense-weights resume --study digits` goes on"
     assert lines(capsys) == [
-        "paused",
+        paused,
         "going on after the pause",
-        "paused",
+        paused,
         "warning: the database does not answer; waiting for it",
         "the database answers again, after 1 min 15 s",
         "going on after the pause",
