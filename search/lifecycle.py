@@ -1,19 +1,8 @@
-"""The life of a trial: every change of its state, and the lease that guards it. The only file that changes states.
+"""The life of a trial: every change of its state, and the lease that guards it. docs/lifecycle.md draws it.
 
-                     claim                       complete
-     (new) ---+---> RUNNING ----------------------------------> COMPLETE
-              |      ^ | | |------------------ prune ---------> PRUNED   its last report is its value
-              |      | | | |------------------ fail ----------> FAIL     a run's own fault, with its reason
-     WAITING -+      | | | '------------------ lose ----------> FAIL     and its retry, a new WAITING row
-        ^   claim    | | |
-        |            | | '-- report, beat: RUNNING still
-        |--give back-' '---- release: a claim that nobody finished
-        |
-        '-- drop: a proposal beyond the study's total ---------> FAIL
-
-A RUNNING trial has a lease: an owner, and a heartbeat that follows its progress. Each transition but the last two
-belongs to the owner: whoever lost the lease gets `LeaseLost`, and the result is dropped. Losing, releasing and dropping
-are for everybody, under the study's lock, as is claiming. Every transition may be repeated after an outage.
+A RUNNING trial has a lease: an owner, and a heartbeat that follows its progress. Reporting, ending and giving back belong
+to the owner: whoever lost the lease gets `LeaseLost`, and the result is dropped. Claiming, losing, releasing and dropping
+are for everybody, under the study's lock. Every transition may be repeated after an outage.
 """
 
 import copy
