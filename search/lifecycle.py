@@ -1,8 +1,8 @@
 """The life of a trial: every change of its state, and the lease that guards it. docs/lifecycle.md draws it.
 
-A RUNNING trial has a lease: an owner, and a heartbeat that follows its progress. Reporting, ending and giving back belong
-to the owner: whoever lost the lease gets `LeaseLost`, and the result is dropped. Claiming, losing, releasing and dropping
-are for everybody, under the study's lock. Every transition may be repeated after an outage.
+A RUNNING trial has a lease: an owner, and a heartbeat that follows its progress. Reporting, ending and giving back
+belong to the owner: whoever lost the lease gets `LeaseLost`, and the result is dropped. Claiming, losing, releasing
+and dropping are for everybody, under the study's lock. Every transition may be repeated after an outage.
 """
 
 import copy
