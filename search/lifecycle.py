@@ -84,6 +84,7 @@ class Trials:
     @study.setter
     def study(self, study: Study) -> None:
         self._study = study
+        self._optuna.sampler = make_sampler(study)
         self._optuna.pruner = make_pruner(study)
 
     @property
@@ -119,12 +120,10 @@ class Trials:
         are_waiting, has_room = self._due()
         if not are_waiting and not has_room:
             return None
-        storage = self._optuna._storage
-        study = optuna.load_study(
-            study_name=self.study.name, storage=storage, sampler=make_sampler(self.study), pruner=self._optuna.pruner
-        )
-        # `ask` reads all trials to see whether one waits; we know.
-        return study.ask() if are_waiting else optuna.trial.Trial(study, storage.create_new_trial(study._study_id))
+        if are_waiting:
+            return self._optuna.ask()
+        # `ask` would read all trials to see whether one waits; we know.
+        return optuna.trial.Trial(self._optuna, self._optuna._storage.create_new_trial(self._optuna._study_id))
 
     def _due(self) -> tuple[bool, bool]:
         """Whether rows wait that are to run, and whether the study's total has room for a new one."""

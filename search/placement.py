@@ -32,6 +32,8 @@ _ASK_NODES_EVERY_S = 3.0
 _ANSWER_WITHIN_S = 5.0
 _LOST_AFTER_S = 15.0
 _RELEASE_WITHIN_S = 1.0
+_MOST_TRIALS = 400
+"""Ray Tune's memory of trials is cut to about this many."""
 
 
 class TrialActor(tune.Trainable):
@@ -123,6 +125,17 @@ class Places:
         if self._controller is None:
             self._controller = getattr(tune_controller, "_tune_controller", tune_controller)
             self._controller._actor_force_cleanup_timeout = STOP_WITHIN_S  # Ray Tune's own is 10 s, for all cases
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Ray Tune keeps every trial that it ever ran and walks through all of them at each step."""
+        controller = self._controller
+        ended = [t for t in controller._trials if t.is_finished()] if len(controller._trials) > _MOST_TRIALS else []
+        old = set(ended[: -_MOST_TRIALS // 2])  # the newest may have an actor that is still being put away
+        if old:
+            controller._trials[:] = [t for t in controller._trials if t not in old]
+            controller._stopped_trials -= old
+            controller._failed_trials -= old
 
     def total(self) -> int:
         """As `Room.total`."""

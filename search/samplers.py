@@ -68,14 +68,62 @@ class TreeParzen(TPESampler):
     count most, and an even selection of the others in their order, of which its density of bad points is made.
     """
 
-    def __init__(self, startup_trials: int, seed: int) -> None:
+    def __init__(self, startup_trials: int, seed: int, ended: "Ended") -> None:
         super().__init__(n_startup_trials=startup_trials, multivariate=True, constant_liar=True, seed=seed)
+        self._ended = ended
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        view: Any = _View(study, _thinned(study.get_trials(deepcopy=False)))
+        view: Any = _View(study, self._ended.thinned(study.get_trials(deepcopy=False)))
         return super().sample_relative(view, trial, search_space)
+
+
+class Ended:
+    """The ended trials of a study as TPE needs them: read once each, since a launcher asks at every claim."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._settled = 0
+        """So many of the study's first trials are ended: none of them changes any more."""
+        self._last: FrozenTrial | None = None
+        self._of_value: list[FrozenTrial] = []
+        self._best: list[FrozenTrial] = []
+
+    def thinned(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """All open trials and at most `_MOST_KERNELS` ended ones, by number; `trials` themselves if they are few."""
+        if self._last is not None and trials[self._settled - 1 : self._settled] != [self._last]:
+            self._forget()  # under Hyperband it is asked for the trials of one bracket, then of another
+        new = list(itertools.takewhile(lambda t: t.state.is_finished(), trials[self._settled :]))
+        self._settled += len(new)
+        self._last = trials[self._settled - 1] if self._settled else None
+        rest = trials[self._settled :]
+        self._of_value += _with_value(new)
+        self._best = _best_of([*self._best, *_with_value(new)])
+        ended = self._of_value + _with_value(rest)
+        if len(ended) <= _MOST_KERNELS:
+            return trials
+        best = {t.number: t for t in _best_of([*self._best, *_with_value(rest)])}
+        even = np.linspace(0, len(ended) - _NEWEST - 1, _MOST_KERNELS - _NEWEST - len(best), dtype=int)
+        kept = best | {ended[i].number: ended[i] for i in even} | {t.number: t for t in ended[-_NEWEST:]}
+        kept |= {t.number: t for t in rest if not t.state.is_finished()}
+        return [kept[number] for number in sorted(kept)]
+
+
+def _with_value(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [t for t in trials if t.state in _ENDED and t.value is not None]
+
+
+def _best_of(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The best few as TPE ranks them: pruned trials below the finished ones, by how far they came."""
+
+    def rank(trial: FrozenTrial) -> tuple[float, float]:
+        progress = -math.inf if trial.state == TrialState.COMPLETE else -(trial.last_step or 0)
+        return progress, trial.value or 0.0
+
+    return heapq.nsmallest(_BEST, trials, key=rank)
 
 
 class _View:
@@ -149,17 +197,17 @@ class Grid(RandomSampler):
 
 
 def make_sampler(study: Study) -> BaseSampler:
-    """The study file's sampler. Nothing of it needs to be kept: what it knows is in the study."""
-    section = study.spec.sampler
-    return DeclaredSpace(lambda seed: _inner(section, seed), section.seed, _declared(study))
+    """The study file's sampler. What it knows is in the study: keeping it saves time and changes nothing."""
+    section, ended = study.spec.sampler, Ended()
+    return DeclaredSpace(lambda seed: _inner(section, seed, ended), section.seed, _declared(study))
 
 
-def _inner(section: SamplerSection, seed: int) -> BaseSampler:
+def _inner(section: SamplerSection, seed: int, ended: Ended) -> BaseSampler:
     """The sampler of one trial; `seed` is that trial's own, `section.seed` the whole study's."""
     startup = section.startup_trials
     match section.kind:
         case "tpe":
-            return TreeParzen(startup, seed)
+            return TreeParzen(startup, seed, ended)
         case "gp":
             return GaussianProcess(startup, seed)
         case "cmaes":
@@ -254,21 +302,6 @@ def _selection(trials: Sequence[FrozenTrial], values: dict[int, float]) -> list[
         return ended
     half = _MOST_POINTS // 2
     return ended[:half] + [ended[i] for i in np.linspace(half, len(ended) - 1, half, dtype=int)]
-
-
-def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """All open trials and at most `_MOST_KERNELS` ended ones, by number."""
-    ended = [t for t in trials if t.state in _ENDED and t.value is not None]
-    if len(ended) <= _MOST_KERNELS:
-        return list(trials)
-    complete = [t for t in ended if t.state == TrialState.COMPLETE]
-    best = {t.number for t in heapq.nsmallest(_BEST, complete, key=lambda t: t.value or 0.0)}
-    if len(best) < _BEST:  # TPE ranks the pruned ones below the others, by how far they came
-        pruned = [t for t in ended if t.state == TrialState.PRUNED]
-        best |= {t.number for t in heapq.nsmallest(_BEST, pruned, key=lambda t: (-(t.last_step or 0), t.value))}
-    even = np.linspace(0, len(ended) - _NEWEST - 1, _MOST_KERNELS - _NEWEST - len(best), dtype=int)
-    kept = best | {ended[i].number for i in even} | {t.number for t in ended[-_NEWEST:]}
-    return [t for t in trials if t.number in kept or not t.state.is_finished()]
 
 
 def _point(trial: FrozenTrial, space: dict[str, BaseDistribution], value: float | None) -> FrozenTrial:
