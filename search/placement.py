@@ -134,8 +134,17 @@ class Places:
         old = set(ended[: -_MOST_TRIALS // 2])  # the newest may have an actor that is still being put away
         if old:
             controller._trials[:] = [t for t in controller._trials if t not in old]
-            controller._stopped_trials -= old
-            controller._failed_trials -= old
+            for kept in (controller._stopped_trials, controller._failed_trials, controller._trials_to_cache):
+                kept -= old
+
+    def next_to_start(self) -> Any:
+        """The oldest of Ray Tune's trials that has no actor, not even one that is starting; None if all have.
+
+        An actor that has become free goes to it. Ray Tune's own order would give it to a trial whose actor is just
+        starting, throw that one away, and start another: where trials are short, it hardly comes to anything else.
+        """
+        without = self._controller._pending_trials - self._controller._trial_to_actor.keys()
+        return next((trial for trial in self._controller._trials if trial in without), None)
 
     def total(self) -> int:
         """As `Room.total`."""

@@ -345,7 +345,7 @@ class CarryDecisions(_NotPickled, FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         self._places.attach(tune_controller)
-        return super().choose_trial_to_run(tune_controller)
+        return self._places.next_to_start()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return self._conductor.on_result(trial.trial_id, result)

@@ -40,6 +40,7 @@ class Script:
         self.results: list[dict[str, Any]] = []
         self.lost: list[int] = []
         self.most_waiting = 0
+        self.most_kept = 0
         self.on_result: Callable[[str, dict[str, Any]], str] = lambda tune_id, result: FIFOScheduler.CONTINUE
         self.each_step: Callable[[], None] = lambda: None
         self.stop_asked = False
@@ -100,8 +101,10 @@ class _Tells(_Kept, FIFOScheduler):
         super().__init__()
         self.script = script
 
-    def choose_trial_to_run(self, tune_controller: Any) -> None:
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
         self.script.places.attach(tune_controller)
+        self.script.most_kept = max(self.script.most_kept, len(tune_controller.get_trials()))
+        return self.script.places.next_to_start()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self.script.note(result)
@@ -206,6 +209,15 @@ def many_at_once(folder: Path) -> dict[str, Any]:
         total = script.places.total()
         script.run(folder)
     return {"total": total, "results": script.results}
+
+
+def short_trials(folder: Path) -> dict[str, Any]:
+    """A node of 8 places, where a process takes longer to start than a trial to run; Ray Tune is to keep few trials."""
+    placement._MOST_TRIALS = 20
+    script = Script(ResourcesSection(cpus=0.25), [{"steps": 1, "seconds": 0.5}] * 100)
+    with placement.cluster(None, num_cpus=2):
+        script.run(folder)
+    return {"results": script.results, "lost": script.lost, "most_kept": script.most_kept}
 
 
 def idle_places(folder: Path) -> dict[str, Any]:

@@ -60,3 +60,11 @@ def test_all_places_of_a_node_are_filled_at_the_start(tmp_path: Path) -> None:
 def test_a_place_that_no_trial_of_ours_needs_is_given_back(tmp_path: Path) -> None:
     answer = run("idle_places", tmp_path)
     assert answer["before"] == 0 and answer["after"] == 1
+
+
+def test_short_trials_share_the_processes_that_there_are(tmp_path: Path) -> None:
+    answer = run("short_trials", tmp_path)
+    assert sorted(result["number"] for result in answer["results"]) == list(range(100))
+    assert answer["lost"] == []
+    assert len({result["pid"] for result in answer["results"]}) <= 2 * 8
+    assert answer["most_kept"] <= 20 + 8
