@@ -43,6 +43,6 @@ def distill(method: Method, task: Task, repeats: tuple[int, ...] = ()) -> Genera
 
 
 def _repeat(task: Task, seed: int) -> Task:
-    """The task on another training seed: with snapshots of its own, and without the student as a result."""
+    """The task on another training seed: with snapshots of its own, and without anything but its scores as a result."""
     snapshots = None if task.snapshots is None else f"{task.snapshots}/seed-{seed}"
-    return dataclasses.replace(task, seed=seed, snapshots=snapshots, output=None)
+    return dataclasses.replace(task, seed=seed, snapshots=snapshots, output=None, evaluation_seeds=(), num_shown=0)

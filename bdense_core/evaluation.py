@@ -54,6 +54,12 @@ class Metric:
                 f"evaluation.n_samples is {self.evaluation.n_samples} and evaluation.batch "
                 f"{self.evaluation.batch}; give at least 2 images and 1 a batch"
             )
+        early = self.evaluation.early_samples
+        if early is not None and not 2 <= early <= self.evaluation.n_samples:
+            raise EvaluationError(
+                f"evaluation.early_samples is {early}; give 2 to {self.evaluation.n_samples}, which is "
+                "evaluation.n_samples, or leave it out"
+            )
 
     def __call__(self, sample: Sample, shape: tuple[int, ...], label_dim: int) -> float:
         """`measure`, run to its end."""
@@ -64,12 +70,23 @@ class Metric:
             except StopIteration as end:
                 return float(end.value)
 
-    def measure(self, sample: Sample, shape: tuple[int, ...], label_dim: int) -> Generator[int, None, float]:
-        """The distance of `n_samples` images, lower is better.
+    def measure(
+        self,
+        sample: Sample,
+        shape: tuple[int, ...],
+        label_dim: int,
+        *,
+        count: int | None = None,
+        seed: int | None = None,
+    ) -> Generator[int, None, float]:
+        """The distance of generated images to the reference, lower is better.
 
         Args:
+            sample: asked for the images in their order, a batch at a time.
             shape: of one image, (C, H, W).
             label_dim: classes of a class-conditional network, drawn uniformly; 0 for none.
+            count: images; fewer than the evaluation's `n_samples`, the default, are the first of them.
+            seed: of the noise; by default the evaluation's own.
 
         Yields:
             After each batch, how many images there are so far.
@@ -77,15 +94,16 @@ class Metric:
         Raises:
             EvaluationError: images or a distance that are not finite.
         """
-        settings, seen = self.evaluation, FeatureStatistics(self._features.identity)
-        for first in range(0, settings.n_samples, settings.batch):
-            end = min(first + settings.batch, settings.n_samples)
-            noise = seeds.noise_rows(settings.seed, "evaluation", first, end, shape)
-            labels = seeds.label_rows(settings.seed, "evaluation labels", first, end, label_dim)
+        count = self.evaluation.n_samples if count is None else count
+        seed = self.evaluation.seed if seed is None else seed
+        seen = FeatureStatistics(self._features.identity)
+        for first in range(0, count, self.evaluation.batch):
+            end = min(first + self.evaluation.batch, count)
+            noise, labels = seeds.evaluation_rows(seed, first, end, shape, label_dim)
             images = sample(noise.to(self.device), None if labels is None else labels.to(self.device))
             if not bool(images.isfinite().all()):
                 raise EvaluationError(
-                    f"images {first} to {end - 1} of evaluation seed {settings.seed} are not all finite; "
+                    f"images {first} to {end - 1} of evaluation seed {seed} are not all finite; "
                     "the student has diverged: lower method.lr or change the weights"
                 )
             seen.update(self._features(data.to_uint8(images)))
@@ -100,7 +118,7 @@ class Metric:
         """
         value = frechet_distance(statistics, self._reference)
         if not math.isfinite(value):
-            raise EvaluationError(f"{self.evaluation.protocol.metric} of {self.evaluation.n_samples} images is {value}")
+            raise EvaluationError(f"{self.evaluation.protocol.metric} of {statistics.n_samples} images is {value}")
         return value
 
 

@@ -17,6 +17,9 @@ from bdense_core.files import write_bytes_atomically
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Names by which image files are known, in small letters."""
 
+READABLE = 32
+"""Pixels of a side that people can make something out on."""
+
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _AS_THEY_ARE = ("L", "RGB")
 _CONVERTED = {"1": "L", "P": "RGB"}
@@ -50,7 +53,16 @@ def read_image(content: bytes, name: str) -> Tensor:
 
 
 def write_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write images side by side into one PNG, row by row, whole or not at all. Cells left over are black.
+    """Write `grid_png` to a file, whole or not at all.
+
+    Raises:
+        EvaluationError: the file cannot be written; else as `grid_png`.
+    """
+    _write(grid_png(images, columns), path)
+
+
+def grid_png(images: Tensor, columns: int) -> bytes:
+    """One PNG of images side by side, row by row. Cells left over are black.
 
     Args:
         images: bytes, [N, C, H, W], C being 1 or 3.
@@ -58,7 +70,6 @@ def write_grid(images: Tensor, path: Path, columns: int) -> None:
     Raises:
         BadValue: fewer than one column.
         ShapeMismatch: not such images, or none.
-        EvaluationError: the file cannot be written.
     """
     if columns < 1:
         raise BadValue(f"columns is {columns}; a grid has 1 or more")
@@ -69,7 +80,13 @@ def write_grid(images: Tensor, path: Path, columns: int) -> None:
     cells = images.new_zeros(rows * columns, channels, height, width)
     cells[: len(images)] = images
     grid = cells.view(rows, columns, *cells.shape[1:]).permute(2, 0, 3, 1, 4)  # [C, rows, H, columns, W]
-    _write_png(grid.reshape(channels, rows * height, columns * width), path)
+    return _png(grid.reshape(channels, rows * height, columns * width))
+
+
+def readable(images: Tensor) -> Tensor:
+    """Images [..., H, W] of at least 32 pixels a side, for people: smaller ones with each pixel repeated."""
+    scale = max(1, -(-READABLE // images.shape[-1]))
+    return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
 def write_pngs(images: Tensor, folder: Path, first: int) -> list[Path]:
@@ -90,7 +107,7 @@ def write_pngs(images: Tensor, folder: Path, first: int) -> list[Path]:
     _require_bytes(images)
     paths = [folder / f"{first + offset:06d}.png" for offset in range(len(images))]
     for image, path in zip(images, paths, strict=True):
-        _write_png(image, path)
+        _write(_png(image), path)
     return paths
 
 
@@ -102,11 +119,15 @@ def _require_bytes(images: Tensor) -> None:
         )
 
 
-def _write_png(image: Tensor, path: Path) -> None:
+def _png(image: Tensor) -> bytes:
     pixels = image.permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.permute(1, 2, 0)
     content = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.cpu().numpy())).save(content, format="PNG")
+    return content.getvalue()
+
+
+def _write(content: bytes, path: Path) -> None:
     try:
-        write_bytes_atomically(path, content.getvalue())
+        write_bytes_atomically(path, content)
     except OSError as error:
         raise EvaluationError(f"cannot write the image {path}: {error.strerror or error}") from error

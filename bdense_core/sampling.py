@@ -97,8 +97,7 @@ def draw(
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     for first in range(0, count, batch):
         end = min(first + batch, count)
-        noise = seeds.noise_rows(seed, "evaluation", first, end, shape).to(device)
-        labels = seeds.label_rows(seed, "evaluation labels", first, end, config.label_dim)
+        noise, labels = seeds.evaluation_rows(seed, first, end, shape, config.label_dim)
         if label is not None:
             labels = torch.nn.functional.one_hot(torch.full((end - first,), label), config.label_dim).float()
-        yield data.to_uint8(sampler(prepared, noise, None if labels is None else labels.to(device))).cpu()
+        yield data.to_uint8(sampler(prepared, noise.to(device), None if labels is None else labels.to(device))).cpu()

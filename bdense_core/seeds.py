@@ -38,6 +38,16 @@ def label_rows(seed: int, use: str, first: int, end: int, num_classes: int) -> T
     return torch.nn.functional.one_hot(classes, num_classes).float()
 
 
+def evaluation_rows(
+    seed: int, first: int, end: int, shape: Sequence[int], num_classes: int
+) -> tuple[Tensor, Tensor | None]:
+    """What images [first, end) of an evaluation seed are made from: noise, and classes if there are any."""
+    return (
+        noise_rows(seed, "evaluation", first, end, shape),
+        label_rows(seed, "evaluation labels", first, end, num_classes),
+    )
+
+
 def _rows(seed: int, use: str, first: int, end: int, make: Callable[[torch.Generator], Tensor]) -> Tensor:
     blocks = range(first // _BLOCK, (end - 1) // _BLOCK + 1)
     rows = torch.cat([make(generator(seed, use, block)) for block in blocks])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bdense_core.files import HashedFile
 from bdense_core.protocol import UINT8, Protocol
-from bdense_core.weights import Weights
+from bdense_core.weights import Rule, Schedule, Weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +17,9 @@ class Evaluation:
     n_samples: int
     seed: int
     batch: int
+    early_samples: int | None = None
+    """Samples of the scores before the last one; fewer are cheaper. None: as many. Such scores have a protocol of
+    their own, and are compared with scores at the same kimg alone."""
 
     @property
     def protocol(self) -> Protocol:
@@ -37,8 +40,16 @@ class Task:
     weights: Weights
     seed: int
     every_kimg: int
+    schedule: Schedule = ()
+    """Weights that differ over time or between intervals; `weights` are then their mean, for people."""
+    rule: Rule = "fixed"
+    """Whether the run learns its weights, beginning with `weights`."""
     teacher: HashedFile | None
     evaluation: Evaluation | None
+    evaluation_seeds: tuple[int, ...] = ()
+    """Further evaluation seeds that the trained student is scored on: the spread of the metric itself."""
+    num_shown: int = 0
+    """Images of the trained student that come with its last score, to be looked at."""
     cache_root: str | None
     """The folder of all teacher caches; None: the teacher is asked again in each run."""
     cache_budget_gb: float | None = None
@@ -87,6 +98,16 @@ class Score:
     kimg: int
     value: float
     done: float
+    surrogate: float | None = None
+    """The student's distance to its teacher on fixed noise, lower is better: paired, and cheaper than the metric.
+    None: not measured."""
+    evaluations: tuple[float, ...] = ()
+    """On the last score: the metric on each of `Task.evaluation_seeds`."""
+    samples: bytes | None = None
+    """On the last score: `Task.num_shown` images on the evaluation's first noise, and the teacher's below, as a PNG."""
+    shares: tuple[float, ...] = ()
+    """On the last score of a run whose rule learns: the shares of the branches that it ended with, a mean over the
+    trained intervals."""
     repeats: tuple[tuple[int, int, float], ...] = ()
     """Scores on further training seeds, on the last event of a trial that has such: (seed, kimg, value)."""
 

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import traceback
+from base64 import b64encode
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -134,4 +135,14 @@ def _result(event: Event) -> dict[str, Any]:
     if not math.isfinite(event.value):
         reason = f"the metric is {event.value} after {event.kimg} kimg; lower method.lr or change the weights"
         return {"event": "failed", "reason": reason, "done": True}
-    return {"event": "score", "value": event.value, "repeats": list(event.repeats), "done": event.done >= 1, **where}
+    return {
+        "event": "score",
+        "value": event.value,
+        "surrogate": event.surrogate,
+        "repeats": [list(score) for score in event.repeats],
+        "evaluations": list(event.evaluations),
+        "shares_learned": list(event.shares),
+        "samples": b64encode(event.samples).decode() if event.samples else None,
+        "done": event.done >= 1,
+        **where,
+    }

@@ -168,7 +168,7 @@ def train_intervals(
     Args:
         x: states at the first trained interval, [B, C, H, W].
         targets: teacher states of the trained intervals, [B, J', K, C, H, W].
-        weights: [K].
+        weights: of all intervals [K], or of each [J', K].
         micro_batch: rows that go through the network at once, for a device with little memory; their gradients add
             up to those of the whole batch.
 
@@ -176,12 +176,12 @@ def train_intervals(
         After each step, from before it: the unweighted losses [K] and the branches' states [B, K, C, H, W].
     """
     rows = [slice(first, first + (micro_batch or len(x))) for first in range(0, len(x), micro_batch or len(x))]
-    for j in range(targets.shape[1]):
+    for j, here in enumerate(weights.expand(targets.shape[1], -1)):
         interval = grid.first_trained + j
-        found = _gradients(trainee, x, targets[:, j], weights, grid, interval, labels, rows)
+        found = _gradients(trainee, x, targets[:, j], here, grid, interval, labels, rows)
         if found is None:
             trainee.fall_back()
-            found = _gradients(trainee, x, targets[:, j], weights, grid, interval, labels, rows)
+            found = _gradients(trainee, x, targets[:, j], here, grid, interval, labels, rows)
             assert found is not None, "float32 has nothing to fall back to"
         trainee.step()
         losses, predicted = found

@@ -9,31 +9,24 @@ level, x_k whole ones (docs/full-size.md has the measured losses). The noise fol
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from bdense_core.branches import freeze
 from bdense_core.cache import Recomputed, TrajectoryCache
-from bdense_core.checkpoints import load_network
-from bdense_core.devices import place
-from bdense_core.errors import CacheError, CheckpointError
-from bdense_core.files import HashedFile
-from bdense_core.loops.sfd import Grid, latents, teacher_states, uniform_labels
+from bdense_core.errors import CacheError
+from bdense_core.loops.sfd import Grid, latents, uniform_labels
+from bdense_core.loops.sfd_teacher import Teacher
 from bdense_core.methods.sfd import SFD
 from bdense_core.networks import NetworkConfig
-from bdense_core.precision import DTYPES, HalfDenoiser, in_precision
+from bdense_core.precision import DTYPES
 from bdense_core.task import Task
 
 TARGETS = "sfd/3"
 """Changes with whatever makes targets differ that their identity does not name."""
 SHARD_ROWS = 256
 """Trajectories in one file."""
-_FEW, _SMALL = 32, 1_000_000
-"""Trajectories that a teacher with more parameters than this walks at once on a CPU: signs of life must come."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,9 @@ class Targets:
     """
 
     def __init__(self, method: SFD, task: Task, grid: Grid, config: NetworkConfig, device: torch.device) -> None:
-        assert task.teacher is not None
+        self.teacher = Teacher(method, task, grid, device)
         self._method, self._seed, self._grid = method, task.seed, grid
         self._config, self._device = config, device
-        self._teacher_file: HashedFile = task.teacher
-        self._compile = task.compile
         self._shape = (config.img_channels, config.img_resolution, config.img_resolution)
         self._reader = ThreadPoolExecutor(
             max_workers=1,
@@ -78,7 +69,7 @@ class Targets:
         # The store's way back to here is a cycle: without this the teacher would stay on the GPU.
         self._ahead = None
         self._store = Recomputed(num_rows=0, shard_rows=SHARD_ROWS, compute=_nothing)
-        vars(self).pop("_teacher", None)
+        self.teacher.release()
 
     def fill(self, iteration: int) -> Iterator[int]:
         """Make an iteration's batch readable; yields after each piece of work.
@@ -103,8 +94,7 @@ class Targets:
     def _read(self, iteration: int) -> Batch:
         """A batch on the CPU, its states as they are stored; pinned where a GPU is to fetch them."""
         rows = self._rows(iteration)
-        noise = latents(self._seed, *rows, self._shape)
-        labels = uniform_labels(self._seed, *rows, self._config.label_dim)
+        noise, labels = self._draw(*rows)
         stored = self._store.rows(*rows)
         if self._device.type == "cuda":
             noise, stored = noise.pin_memory(), stored.pin_memory()
@@ -127,72 +117,43 @@ class Targets:
         levels = self._grid.inner[self._grid.first_trained :].to(noise)  # [J', K]
         return levels[None, :, :, None, None, None] * noise[:, None, None]
 
+    def _draw(self, first: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Noise and labels of trajectories [first, end)."""
+        noise = latents(self._seed, first, end, self._shape)
+        return noise, uniform_labels(self._seed, first, end, self._config.label_dim)
+
     def _compute(self, first: int, end: int) -> Iterator[Tensor]:
         """Rows as they are stored, on the CPU, piece by piece.
 
         Raises:
             CheckpointError: the teacher's states are not finite.
         """
-        pieces = range(first, end, self._at_once)
-        for begin, stop in zip(pieces, (*pieces[1:], end), strict=True):
-            noise = latents(self._seed, begin, stop, self._shape).to(self._device)
-            labels = uniform_labels(self._seed, begin, stop, self._config.label_dim)
-            labels = None if labels is None else labels.to(self._device)
-            method, grid = self._method, self._grid
-            states = teacher_states(self._teacher, noise, grid, labels, solver=method.solver, order=method.order)
-            stored = (states[:, grid.first_trained :] - self._carried(noise)).to(DTYPES[method.targets])
-            if not bool(stored.isfinite().all()):
-                raise CheckpointError(
-                    f"the teacher {self._teacher_file.path} gives states that are not finite (trajectories {begin} to "
-                    f"{stop - 1} of seed {self._seed}); check the file, or its sigma_max and method.sigma_max"
-                )
+        begin = first
+        for noise, states in self.teacher.walk(self._draw, first, end):
+            stored = states[:, self._grid.first_trained :] - self._carried(noise)
+            stored = stored.to(DTYPES[self._method.targets])
+            stop = begin + len(noise)
+            self.teacher.require_finite(stored, f"trajectories {begin} to {stop - 1} of seed {self._seed}")
             yield stored.cpu()
-
-    @property
-    def _at_once(self) -> int:
-        """Trajectories that the teacher walks at once: as many as fill the device, and a rest after each piece."""
-        size = sum(parameter.numel() for parameter in self._teacher.full.parameters())
-        return _FEW if self._device.type == "cpu" and size > _SMALL else SHARD_ROWS
-
-    @cached_property
-    def _teacher(self) -> HalfDenoiser:
-        """Loaded when it is first asked: with a full cache it never is."""
-        full = place(freeze(load_network(self._teacher_file)), self._device)
-        half = in_precision(full, self._method.precision)
-        if self._compile:
-            half.model.compile()
-        return HalfDenoiser(half, full)
+            begin = stop
 
     def _make_store(self, task: Task) -> TrajectoryCache | Recomputed:
-        num_rows = self._method.num_iterations * self._method.batch
-        if task.cache_root is None:
-            return Recomputed(num_rows=num_rows, shard_rows=SHARD_ROWS, compute=self._compute)
-        cache = TrajectoryCache(
-            Path(task.cache_root),
-            identity=self._identity(),
-            num_rows=num_rows,
+        store = self.teacher.store(
+            identity={
+                "targets": TARGETS,
+                "seed": self._seed,
+                "branch_levels": self._grid.inner[self._grid.first_trained :].tolist(),
+                "dtype": self._method.targets,
+            },
+            num_rows=self._method.num_iterations * self._method.batch,
             shard_rows=SHARD_ROWS,
             compute=self._compute,
         )
-        budget = float("inf") if task.cache_budget_gb is None else task.cache_budget_gb * 1e9
-        channels, side, _ = self._shape
-        cache.reserve(round(self._method.cache_bytes(channels * side * side)), budget_bytes=budget)
-        return cache
-
-    def _identity(self) -> dict[str, Any]:
-        method, grid = self._method, self._grid
-        return {
-            "targets": TARGETS,
-            "teacher": self._teacher_file.sha256,
-            "precision": method.precision,
-            "seed": self._seed,
-            "solver": method.solver,
-            "order": method.order,
-            "teacher_grid": grid.teacher.tolist(),
-            "branch_levels": grid.inner[grid.first_trained :].tolist(),
-            "dtype": method.targets,
-            "device": self._device.type,
-        }
+        if isinstance(store, TrajectoryCache):
+            budget = float("inf") if task.cache_budget_gb is None else task.cache_budget_gb * 1e9
+            channels, side, _ = self._shape
+            store.reserve(round(self._method.cache_bytes(channels * side * side)), budget_bytes=budget)
+        return store
 
 
 def _nothing(first: int, end: int) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import Protocol
 
 from bdense_core.task import Event, Task
-from bdense_core.weights import Weights
+from bdense_core.weights import Rule, Weights
 
 
 class Method(Protocol):
@@ -41,6 +41,9 @@ class Method(Protocol):
 
     def forward_units(self) -> tuple[float, float]:
         """Network evaluations for each image, (teacher's, student's); a backward pass counts as two."""
+
+    def learning_units(self, rule: Rule) -> float:
+        """What a rule that learns its weights adds to the student's, for each image; 0 for fixed weights."""
 
     def cache_bytes(self, image_values: int) -> float:
         """What one trajectory takes in the teacher cache; 0 without one.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from bdense_core.errors import BadValue
 from bdense_core.task import Event, Task
-from bdense_core.weights import PAPER_BEST, Weights, endpoint_only, log_linear, uniform
+from bdense_core.weights import PAPER_BEST, Rule, Weights, endpoint_only, log_linear, uniform
 
 _ORDERS = {"dpmpp": (1, 3), "ipndm": (1, 4), "deis_tab": (1, 4)}
 """Of the solvers that have a choice."""
@@ -114,6 +114,11 @@ class SFD:
         """Per trajectory: every teacher step, and three for each trained interval (spec 1.5)."""
         teacher_steps = self.steps_per_interval * (self.num_steps - 1)
         return float(teacher_steps * _CALLS_PER_STEP.get(self.solver, 1)), 3.0 * self.nfe
+
+    def learning_units(self, rule: Rule) -> float:
+        from bdense_core.loops.sfd_rules import extra_units
+
+        return 0.0 if rule == "fixed" else extra_units(rule, self.num_branches) * self.nfe
 
     def cache_bytes(self, image_values: int) -> float:
         """The teacher's state at each branch time of the trained intervals."""

@@ -3,9 +3,15 @@
 For measuring and testing the service itself: the overhead of a trial, the accounting under faults, and what
 a search finds where the truth is known. The score is
 
-    optimum + curvature (p - p*)^2 + noise z(seed, weights),   p = share of the last branch,
+    optimum + curvature (p - p*)^2 + noise z(seed, weights) + evaluation_noise z'(evaluation seed, weights),
 
-approached from above as the run goes on. With `Task.snapshots` an interrupted run goes on after its last score.
+p being the share of the last branch, approached from above as the run goes on; its surrogate is the same without
+noise. With `Task.snapshots` an interrupted run goes on after its last score.
+
+Two uses for what is claimed from noisy scores: with `curvature: 0` all weightings are equal, and whatever a search
+prefers is noise; with a curvature, two weightings have a real gap of curvature times the difference of their
+(p - p*)^2, to be set against the noise. By default endpoint only (p = 1) lies 0.25 above the best, uniform weights
+(p = 1/4) 1.0, and one run's noise is 0.05.
 """
 
 import hashlib
@@ -20,7 +26,7 @@ from typing import Literal
 from bdense_core.errors import BadValue
 from bdense_core.files import sha256_of, write_text_atomically
 from bdense_core.task import RESUMED, Event, Progress, Score, Task, report_steps
-from bdense_core.weights import Weights, endpoint_only, shares, uniform
+from bdense_core.weights import Rule, Weights, endpoint_only, shares, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,17 +39,21 @@ class Synthetic:
     optimum: float = 4.0
     best_share: float = 0.75
     curvature: float = 4.0
+    """0: no weighting is better than another."""
     noise: float = 0.05
+    """Standard deviation of a score over training seeds, and over weightings on one seed."""
+    evaluation_noise: float = 0.0
+    """Standard deviation over evaluation seeds. There is no `Evaluation` here: a score's own seed counts as 0."""
     seconds: float = 0.0
     """How long a run pretends to work."""
     fail_above_share: float = 1.1
     """A run whose last share exceeds this gives a value that is not finite, as a diverging run does."""
 
     def __post_init__(self) -> None:
-        if self.num_branches < 1 or self.budget_kimg <= 0 or self.seconds < 0 or self.noise < 0:
-            raise BadValue(
-                "method.num_branches and budget_kimg must be positive, method.seconds and noise not negative"
-            )
+        if self.num_branches < 1 or self.budget_kimg <= 0:
+            raise BadValue("method.num_branches and method.budget_kimg must be positive")
+        if min(self.seconds, self.noise, self.evaluation_noise, self.curvature) < 0:
+            raise BadValue("method.seconds, noise, evaluation_noise and curvature must not be negative")
 
     @property
     def needs_teacher(self) -> bool:
@@ -67,6 +77,9 @@ class Synthetic:
     def forward_units(self) -> tuple[float, float]:
         return 0.0, 0.0
 
+    def learning_units(self, rule: Rule) -> float:
+        return 0.0
+
     def cache_bytes(self, image_values: int) -> float:
         return 0.0
 
@@ -75,11 +88,12 @@ class Synthetic:
         return self.optimum + self.curvature * (shares(weights)[-1] - self.best_share) ** 2
 
     def run(self, task: Task) -> Generator[Event, None, None]:
-        text = f"{task.seed}/{shares(task.weights)}".encode()
-        uniform_number = (int.from_bytes(hashlib.sha256(text).digest()[:6], "big") + 0.5) / 2**48
-        result = self.truth(task.weights) + self.noise * NormalDist().inv_cdf(uniform_number)
-        if shares(task.weights)[-1] > self.fail_above_share:
-            result = math.nan
+        truth = self.truth(task.weights) if shares(task.weights)[-1] <= self.fail_above_share else math.nan
+        trained = truth + self.noise * _normal(f"{task.seed}/{_weighting(task)}")
+        result, *evaluations = (
+            trained + self.evaluation_noise * _normal(f"evaluation {seed}/{_weighting(task)}")
+            for seed in (0, *task.evaluation_seeds)
+        )
         steps = report_steps(self.budget_kimg, task.every_kimg)
         state = _State(Path(task.snapshots), self, task) if task.snapshots else None
         behind = state.step() if state else 0
@@ -90,7 +104,11 @@ class Synthetic:
                 yield from self._work(step, self.seconds / len(steps), steps[-1])
                 if state and (note := state.keep(step)):
                     yield Progress(kimg=step, done=step / (steps[-1] + 1), phase="train", note=note)
-            yield Score(kimg=step, value=result * (1 + 0.2 * (1 - step / steps[-1])), done=step / steps[-1])
+            excess = 1 + 0.2 * (1 - step / steps[-1])
+            further = tuple(evaluations) if step == steps[-1] else ()
+            yield Score(
+                kimg=step, value=result * excess, done=step / steps[-1], surrogate=truth * excess, evaluations=further
+            )
 
     def _work(self, step: int, seconds: float, end: int) -> Iterator[Event]:
         deadline = time.monotonic() + seconds
@@ -99,12 +117,24 @@ class Synthetic:
             yield Progress(kimg=step, done=step / (end + 1), phase="train")
 
 
+def _weighting(task: Task) -> str:
+    """What noise knows of a weighting."""
+    learned = f"/{task.schedule}/{task.rule}" if task.schedule or task.rule != "fixed" else ""
+    return f"{shares(task.weights)}{learned}"
+
+
+def _normal(key: str) -> float:
+    """A standard normal number that a text stands for."""
+    uniform_number = (int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") + 0.5) / 2**48
+    return NormalDist().inv_cdf(uniform_number)
+
+
 class _State:
     """How far a run is, as an empty file that is named by the step and by what the run depends on."""
 
     def __init__(self, folder: Path, method: Synthetic, task: Task) -> None:
         self._folder = folder
-        self._run = sha256_of([asdict(method), task.weights, task.seed, task.every_kimg])
+        self._run = sha256_of([asdict(method), _weighting(task), task.seed, task.every_kimg])
         self._failing = False
 
     def step(self) -> int:

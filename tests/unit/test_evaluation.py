@@ -70,6 +70,23 @@ def test_the_sampler_is_given_every_image_once_and_no_labels_without_classes(eva
     assert asked == [(250, None), (250, None), (100, None)]
 
 
+def test_fewer_images_are_the_first_ones_and_another_seed_is_another_evaluation(evaluation):
+    def value(metric, **how):
+        measuring = metric.measure(soft, SHAPE, 0, **how)
+        counts = []
+        while True:
+            try:
+                counts.append(next(measuring))
+            except StopIteration as end:
+                return end.value, counts
+
+    metric = Metric(evaluation)
+    few = Metric(replace(evaluation, n_samples=300))(soft, SHAPE, 0)
+    assert value(metric, count=300) == (few, [250, 300])
+    assert value(metric, seed=6) == (Metric(replace(evaluation, seed=6))(soft, SHAPE, 0), [250, 500, 600])
+    assert value(metric)[0] == metric(soft, SHAPE, 0) not in (few, value(metric, seed=6)[0])
+
+
 def test_the_protocol_says_what_the_value_is_made_of(evaluation):
     protocol = Metric(evaluation).protocol
     assert protocol.metric == "fd-digits"
@@ -113,3 +130,9 @@ def test_images_that_are_not_finite_are_an_error_not_a_score(evaluation, bad):
 def test_one_image_is_too_few(evaluation):
     with pytest.raises(EvaluationError, match="at least 2 images"):
         Metric(replace(evaluation, n_samples=1))
+
+
+@pytest.mark.parametrize("early", [1, 601])
+def test_early_scores_need_two_images_and_no_more_than_the_last(evaluation, early):
+    with pytest.raises(EvaluationError, match=f"early_samples is {early}; give 2 to 600"):
+        Metric(replace(evaluation, early_samples=early))

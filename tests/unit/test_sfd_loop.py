@@ -6,51 +6,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bdense_core import data
-from bdense_core.branches import freeze, with_branches, without_branches
+from bdense_core.branches import with_branches, without_branches
 from bdense_core.checkpoints import load_network, save_network
 from bdense_core.distill import distill
-from bdense_core.errors import BadValue, CheckpointError, ShapeMismatch, TrainingDiverged
-from bdense_core.evaluation import Metric, reference_statistics
-from bdense_core.features import DigitsFeatures, load_features, save_features
+from bdense_core.errors import BadValue, CheckpointError, ShapeMismatch, TrainingDiverged, WeightsError
+from bdense_core.evaluation import Metric
 from bdense_core.files import HashedFile, sha256_of_file
-from bdense_core.frechet import save_statistics
 from bdense_core.integrity import read_metadata
 from bdense_core.loops import sfd, sfd_targets
-from bdense_core.methods.sfd import SFD
-from bdense_core.networks import Denoiser, NetworkConfig, build
+from bdense_core.networks import Denoiser
 from bdense_core.precision import HalfDenoiser, Trainee, in_precision
 from bdense_core.sampling import sampler_of
-from bdense_core.task import Evaluation, Progress, Score, Task
+from bdense_core.task import Progress, Score, Task
 from bdense_core.weights import endpoint_only, uniform
-
-CONFIG = NetworkConfig.ddpmpp(
-    img_resolution=8,
-    img_channels=1,
-    model_channels=8,
-    channel_mult=[1, 2],
-    num_blocks=1,
-    attn_resolutions=[4],
-    dropout=0.0,
-)
-METHOD = SFD(nfe=2, num_branches=4, lr=1e-3, batch=4, budget_kimg=0.012)
-SHAPE = (1, 8, 8)
+from tests.sfd import CONFIG, METHOD, SHAPE, flat, make_evaluation, network, scores
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """The teacher walks whole shards; these runs need a dozen rows."""
     monkeypatch.setattr(sfd_targets, "SHARD_ROWS", 32)
-
-
-def network(config=CONFIG, seed=0):
-    """A teacher whose every weight is drawn, so that no layer hides behind its zero start."""
-    torch.manual_seed(seed)
-    denoiser = build(config)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.normal_(0, 0.2)
-    return freeze(denoiser)
 
 
 def train(teacher, method, weights, *, iterations=3, optimizer=None, seed=0, prepare=None):
@@ -121,6 +96,18 @@ def test_a_branch_moves_only_if_its_weight_is_positive():
     assert [torch.equal(group, taught) for group in groups] == [True, False, True, False]
 
 
+def test_an_interval_is_trained_with_its_own_weights():
+    """Losses are from before each step: weights of the second interval can show in the next iteration only."""
+    teacher, plain, dense = network(), endpoint_only(4), uniform(4)
+    _, expected, _ = train(teacher, METHOD, plain)
+    _, first, _ = train(teacher, METHOD, (dense, plain))
+    _, second, _ = train(teacher, METHOD, (plain, dense))
+    assert torch.equal(first[0, 0], expected[0, 0])
+    assert not torch.equal(first[0, 1], expected[0, 1])
+    assert torch.equal(second[0], expected[0])
+    assert not torch.equal(second[1], expected[1])
+
+
 def test_gradients_that_are_not_finite_are_repaired_as_the_authors_do():
     """NaN counts as 0 and infinity as 1e5: the first stays where it was, the second makes one Adam step."""
 
@@ -159,10 +146,6 @@ def test_a_common_factor_leaves_a_run_with_the_shipped_optimizer_to_its_eps():
     move = (one - flat(with_branches(teacher, 4))).norm()
     assert (one - scaled).norm() < 0.03 * move
     assert (one - other).norm() > 0.3 * move
-
-
-def flat(student):
-    return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 
 def test_students_and_targets_of_another_number_of_branches_are_refused():
@@ -265,19 +248,7 @@ def test_the_rate_falls_to_a_tenth_after_half_of_the_budget():
 
 @pytest.fixture(scope="session")
 def evaluation(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("features")
-    torch.manual_seed(0)
-    features = save_features(DigitsFeatures(width=8), folder / "features.safetensors", name="digits")
-    path = folder / "reference.safetensors"
-    digest = save_statistics(reference_statistics(data.load("digits")[0], load_features(features)), path)
-    return Evaluation(
-        features_name="digits",
-        features=features,
-        reference=HashedFile(path=str(path), sha256=digest),
-        n_samples=40,
-        seed=5,
-        batch=40,
-    )
+    return make_evaluation(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture
@@ -291,10 +262,6 @@ def task(tmp_path, evaluation):
         evaluation=evaluation,
         cache_root=str(tmp_path / "cache"),
     )
-
-
-def scores(method, task, repeats=()):
-    return [event for event in distill(method, task, repeats) if isinstance(event, Score)]
 
 
 def test_the_same_seed_gives_the_same_score_and_another_seed_another(task, tmp_path):
@@ -321,6 +288,35 @@ def test_a_whole_endpoint_only_run_scores_exactly_as_plain_sfd(task):
     assert dense == plain
 
 
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_constant_schedule_is_the_run_of_its_weights_bit_for_bit(task, times):
+    constant = replace(task, schedule=((task.weights,),) * times)
+    assert scores(METHOD, constant) == scores(METHOD, task)
+
+
+def test_a_schedule_without_auxiliary_weights_is_plain_sfd_bit_for_bit(task):
+    schedule = (((0.0, 0.0, 0.0, 1.0),), (endpoint_only(4), endpoint_only(4)))
+    dense = scores(METHOD, replace(task, schedule=schedule))
+    assert dense == scores(replace(METHOD, num_branches=1, teacher_steps=4), replace(task, weights=(1.0,)))
+
+
+def test_a_schedule_begins_with_its_first_weights_and_goes_on_to_its_last(task):
+    """One iteration knows the first alone; the more there are the more the last ones count."""
+    annealed = replace(task, schedule=((uniform(4),), (endpoint_only(4),)))
+    short = replace(METHOD, budget_kimg=0.004)
+    assert scores(short, annealed) == scores(short, replace(task, weights=uniform(4)))
+    found = scores(METHOD, annealed)[-1].value
+    assert found not in [scores(METHOD, replace(task, weights=w))[-1].value for w in (uniform(4), endpoint_only(4))]
+
+
+def test_a_schedule_of_another_shape_is_refused_before_anything_is_trained(task):
+    wrong = replace(task, schedule=((uniform(4),), (uniform(4),) * 3))
+    with pytest.raises(
+        WeightsError, match=r"rows of \[4, 4, 4\] weights, but the student has 2 trained intervals of 4"
+    ):
+        next(METHOD.run(wrong))
+
+
 def test_a_class_conditional_run_draws_labels(task, tmp_path):
     config = replace(CONFIG, label_dim=3)
     teacher = save_network(network(config), tmp_path / "conditional.safetensors")
@@ -331,24 +327,24 @@ def test_a_class_conditional_run_draws_labels(task, tmp_path):
 
 def test_trials_with_other_weights_share_one_cache(task, tmp_path):
     scores(METHOD, task)
-    folders = list((tmp_path / "cache").iterdir())
-    before = {path: path.stat().st_mtime_ns for path in folders[0].glob("shard-*.safetensors")}
-    assert (len(folders), len(before)) == (1, 1)
+    folders = sorted((tmp_path / "cache").iterdir())
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.glob("shard-*.safetensors")}
+    assert (len(folders), len(before)) == (2, 2), "the targets, and the endpoints of the evaluation's noise"
     scores(replace(METHOD, lr=1e-4), replace(task, weights=uniform(4)))
-    assert list((tmp_path / "cache").iterdir()) == folders
+    assert sorted((tmp_path / "cache").iterdir()) == folders
     assert {path: path.stat().st_mtime_ns for path in before} == before
     scores(METHOD, replace(task, seed=8))
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 3, "the endpoints are those of any training seed"
 
 
 def test_studies_that_cut_one_teacher_grid_differently_do_not_share_targets(task, tmp_path):
-    """NFE 1 with six steps an interval, NFE 2 with four and NFE 5 with two: 13 points each."""
+    """NFE 1 with six steps an interval, NFE 2 with four and NFE 5 with two: 13 points each, and the same endpoints."""
     alone = scores(replace(METHOD, num_branches=2, teacher_steps=4), replace(task, weights=(0.5, 0.5)))
     shared = replace(task, weights=(0.5, 0.5), cache_root=str(tmp_path / "shared"))
     scores(replace(METHOD, nfe=1, num_branches=2, teacher_steps=6), shared)
     scores(replace(METHOD, nfe=5, num_branches=2), shared)
     assert scores(replace(METHOD, num_branches=2, teacher_steps=4), shared) == alone
-    assert len(list((tmp_path / "shared").iterdir())) == 3
+    assert len(list((tmp_path / "shared").iterdir())) == 4
 
 
 def test_a_closed_run_lets_its_teacher_go(task):
@@ -431,8 +427,14 @@ LONG_WEIGHTS = (0.0, 1.0)
 
 @pytest.mark.parametrize("broken_off_at", [0.1, 0.3, 0.6, 0.99])
 def test_a_run_that_is_broken_off_ends_as_an_undisturbed_one_bit_for_bit(task, tmp_path, broken_off_at):
-    """With dropout, a falling rate and a score in between."""
-    task = replace(task, weights=LONG_WEIGHTS)
+    """With dropout, a falling rate, falling weights, a score in between, and all that the last one carries."""
+    task = replace(
+        task,
+        weights=LONG_WEIGHTS,
+        schedule=(((0.5, 0.5),), ((0.0, 1.0),)),
+        evaluation_seeds=(6, 7),
+        num_shown=3,
+    )
     expected = scores(LONG, replace(task, output=str(tmp_path / "whole.safetensors")))
     resumable = replace(
         task, snapshots=str(tmp_path / "run"), snapshot_every_s=0.0, output=str(tmp_path / "resumed.safetensors")

@@ -1,12 +1,14 @@
-"""What a worker makes of things that go wrong on its device."""
+"""What a worker passes on, and what it makes of things that go wrong on its device."""
 
-from dataclasses import dataclass
+import json
+from base64 import b64decode
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from bdense_core.methods.synthetic import Synthetic
-from bdense_core.task import Task
+from bdense_core.task import Score, Task
 from search import worker
 from search.worker import payload, run_trial
 
@@ -46,3 +48,21 @@ def test_a_mistake_in_the_code_is_the_trials_end(monkeypatch: pytest.MonkeyPatch
     (result,) = results(monkeypatch, KeyError("oops"))
     assert (result["event"], result["retry"]) == ("failed", False)
     assert "KeyError" in result["detail"]
+
+
+def test_a_score_is_passed_on_whole_as_plain_values() -> None:
+    task = Task(weights=(1.0, 3.0), seed=0, every_kimg=3, teacher=None, evaluation=None, cache_root=None)
+    task = replace(task, evaluation_seeds=(1, 2))
+    method = Synthetic(num_branches=2, noise=0.0, evaluation_noise=0.0)
+    *_, score = run_trial(payload(method, task, (0, 1)))
+    # At the best share of 3/4 nothing is left but the optimum, 4.
+    expected = {"value": 4.0, "surrogate": 4.0, "evaluations": [4.0, 4.0], "repeats": [[1, 3, 4.0]]}
+    assert json.loads(json.dumps(score)).items() >= expected.items()
+
+
+def test_images_and_learned_shares_are_passed_on_as_text_and_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = Score(kimg=3, value=1.0, done=1.0, samples=b"\x89PNG", shares=(0.25, 0.75))
+    task = Task(weights=(1.0, 1.0), seed=0, every_kimg=1, teacher=None, evaluation=None, cache_root=None)
+    monkeypatch.setattr(worker, "distill", lambda *_: (event for event in [last]))
+    (score,) = run_trial(payload(Synthetic(num_branches=2), task, (0,)))
+    assert (b64decode(score["samples"]), score["shares_learned"]) == (b"\x89PNG", [0.25, 0.75])
