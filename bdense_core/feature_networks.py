@@ -30,37 +30,39 @@ class ByteNetwork(nn.Module):
     """
 
     kind: ClassVar[str]
-    image_shape: ClassVar[tuple[int, int | None, int | None]]
+    image_shape: tuple[int, int | None, int | None]
     settings: dict[str, Any]
 
 
 class DigitsFeatures(ByteNetwork):
-    """A small network for 8x8 grey images: its features tell the class and are enough to rebuild the image.
+    """A small network for small grey images: its features tell the class and are enough to rebuild the image.
 
     Features of a classifier alone overlook strokes that do not change the class, such as blur.
 
     Args:
         width: number of features.
         num_classes: classes it is trained to tell apart.
+        side: of the images, a multiple of 4.
     """
 
     kind = "digits"
-    image_shape = (1, 8, 8)
 
-    def __init__(self, *, width: int = 64, num_classes: int = 10) -> None:
+    def __init__(self, *, width: int = 64, num_classes: int = 10, side: int = 8) -> None:
         super().__init__()
-        self.settings = {"width": width, "num_classes": num_classes}
+        self.image_shape = (1, side, side)
+        # Files of the 8x8 network do not say its side: they were made before there was another.
+        self.settings = {"width": width, "num_classes": num_classes} | ({} if side == 8 else {"side": side})
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),  # 4 x 4
-            nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),  # 2 x 2
-            nn.Flatten(), nn.Linear(256, width), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),  # half the side
+            nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.GroupNorm(8, 64), nn.SiLU(),  # a quarter
+            nn.Flatten(), nn.Linear(64 * (side // 4) ** 2, width), nn.SiLU(),
         )  # fmt: skip
         self.classify = nn.Linear(width, num_classes)
-        self.rebuild = nn.Sequential(nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 64))
+        self.rebuild = nn.Sequential(nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, side**2))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features [B, width] of bytes [B, 1, 8, 8]."""
+        """Features [B, width] of bytes [B, 1, side, side]."""
         features: Tensor = self.body(unit(images))
         return features
 

@@ -39,14 +39,14 @@ def train_features(
     """A trained feature network and its figures on the images held out.
 
     Args:
-        images: bytes, [N, 1, 8, 8].
+        images: bytes, [N, 1, S, S], S a multiple of 4.
         labels: classes, [N].
     """
     order = torch.randperm(len(images), generator=seeds.generator(settings.seed, "features", "split"))
     num_held_out = round(settings.held_out * len(images))
     held_out, training = order[:num_held_out], order[num_held_out:]
     torch.manual_seed(seeds.derive(settings.seed, "features", "weights"))
-    network = DigitsFeatures(width=width, num_classes=int(labels.max()) + 1)
+    network = DigitsFeatures(width=width, num_classes=int(labels.max()) + 1, side=images.shape[-1])
     optimizer = torch.optim.AdamW(network.parameters(), settings.lr, weight_decay=settings.weight_decay)
     steps_per_epoch = -(-len(training) // settings.batch)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.num_epochs * steps_per_epoch)

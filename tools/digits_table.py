@@ -1,6 +1,9 @@
-"""Distil the digits with several branch weightings and training seeds, by one protocol: docs/digits.md.
+"""Distil a digits study with several branch weightings and training seeds, by one protocol: docs/NAME.md.
 
-python tools/digits_table.py
+    python tools/digits_table.py              # studies/digits.yaml
+    python tools/digits_table.py digits16 --weighting "endpoint only" --weighting uniform    # these alone
+
+Settings are the study file's. What stands in the page from "How the settings were chosen" on is kept.
 """
 
 import datetime
@@ -8,7 +11,11 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -20,13 +27,11 @@ from bdense_core.evaluation import Metric
 from bdense_core.files import canonical_json, write_text_atomically
 from bdense_core.loops import sfd
 from bdense_core.methods.sfd import SFD
-from bdense_core.task import Evaluation, Score, Task
+from bdense_core.task import Evaluation, Score
 from bdense_core.weights import PAPER_BEST, Weights, endpoint_only, log_linear, shares, uniform
+from search.spec import Study
+from search.study_file import load_study, studies_folder
 
-METHOD = SFD(nfe=2, num_branches=4, lr=5e-4, batch=64, budget_kimg=4)
-EVERY_KIMG = 1
-N_SAMPLES, EVALUATION_SEED, EVALUATION_BATCH = 1000, 1000, 500
-SEEDS = (0, 1, 2)
 WEIGHTINGS: dict[str, Weights] = {
     "endpoint only": endpoint_only(4),
     "a = 4": log_linear(4, 0, 4),
@@ -37,6 +42,7 @@ WEIGHTINGS: dict[str, Weights] = {
     "a = -0.5": log_linear(-0.5, 0, 4),
     "a = -1": log_linear(-1, 0, 4),
 }
+KEPT = "## How the settings were chosen"
 
 
 @dataclass(frozen=True)
@@ -51,28 +57,37 @@ class Run:
         return self.scores[-1].value
 
 
-def evaluation() -> Evaluation:
-    return Evaluation(
-        features_name="digits", features=assets.hashed("digits/features.safetensors"),
-        reference=assets.hashed("digits/reference.safetensors"),
-        n_samples=N_SAMPLES, seed=EVALUATION_SEED, batch=EVALUATION_BATCH,
-    )  # fmt: skip
+def evaluation_of(study: Study) -> Evaluation:
+    """The study's, with all samples at every score, so that the table's columns have one protocol."""
+    assert study.evaluation is not None
+    return replace(study.evaluation, early_samples=None)
 
 
-def distil(weights: Weights, seed: int, cache_root: str) -> Run:
-    task = Task(
-        weights=weights, seed=seed, every_kimg=EVERY_KIMG, evaluation=evaluation(), cache_root=cache_root,
-        teacher=assets.hashed("digits/teacher.safetensors"),
-    )  # fmt: skip
+def method_of(study: Study) -> SFD:
+    assert isinstance(study.spec.method, SFD)
+    return study.spec.method
+
+
+def distil(study: Study, weights: Weights, seed: int, cache_root: Path) -> Run:
+    task = replace(study.task(weights, seed, cache_root=cache_root), evaluation=evaluation_of(study))
     start = time.process_time()
-    scores = [event for event in METHOD.run(task) if isinstance(event, Score)]
-    return Run(scores=scores, seconds=time.process_time() - start)
+    scores = [event for event in study.spec.method.run(task) if isinstance(event, Score)]
+    run = Run(scores=scores, seconds=time.process_time() - start)
+    click.echo(f"{', '.join(f'{share:.2f}' for share in shares(weights))}, seed {seed}: {run.value:.3f}", err=True)
+    return run
 
 
-def evaluation_seconds() -> float:
+def all_of_seed(study: Study, names: Sequence[str], cache_root: Path, seed: int) -> list[Run]:
+    """Each of these weightings on one seed; the first run makes the seed's teacher cache."""
+    torch.set_num_threads(1)
+    return [distil(study, WEIGHTINGS[name], seed, cache_root) for name in names]
+
+
+def evaluation_seconds(study: Study) -> float:
     """CPU seconds of one score: a student that has learned nothing costs what any other does."""
-    network, grid = load_network(assets.hashed("digits/teacher.safetensors")), sfd.make_grid(METHOD)
-    config, metric = network.config, Metric(evaluation())
+    assert study.teacher is not None
+    network, grid = load_network(study.teacher), sfd.make_grid(method_of(study))
+    config, metric = network.config, Metric(evaluation_of(study))
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     start = time.process_time()
     metric(lambda noise, labels: sfd.sample(network, noise, grid, labels), shape, config.label_dim)
@@ -81,11 +96,12 @@ def evaluation_seconds() -> float:
 
 def table(runs: dict[str, list[Run]]) -> list[str]:
     """A row for each weighting: every seed, their mean and range, the means of the intermediate values."""
-    kimg = [score.kimg for score in next(iter(runs.values()))[0].scores]
+    some = next(iter(runs.values()))
+    kimg = [score.kimg for score in some[0].scores]
     head = [
         "weights",
         "shares",
-        *(f"seed {s}" for s in SEEDS),
+        *(f"seed {seed}" for seed in range(len(some))),
         "mean",
         "range",
         *(f"at {k} kimg" for k in kimg[:-1]),
@@ -100,56 +116,49 @@ def table(runs: dict[str, list[Run]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def page(runs: dict[str, list[Run]], cold_s: float, evaluation_s: float) -> str:
-    """The whole document."""
+def page(study: Study, runs: dict[str, list[Run]], evaluation_s: float, notes: str) -> str:
+    """The whole document; `notes` are what people wrote below it."""
     values = {name: [run.value for run in some] for name, some in runs.items()}
     means = [statistics.mean(some) for some in values.values()]
     deviation = statistics.mean(statistics.stdev(some) for some in values.values())
     widest = max(max(some) - min(some) for some in values.values())
-    seconds = statistics.median(run.seconds for some in runs.values() for run in some)
-    figures = assets.card("digits")["figures"]
+    first, *others = runs.values()
+    seconds = statistics.median(run.seconds for some in others for run in some)
+    cold_s = statistics.median(run.seconds for run in first) - seconds
+    name, method, evaluation = study.name, method_of(study), evaluation_of(study)
+    figures = assets.card(name)["figures"]
     teacher, untrained = figures["teacher_12_steps_fd"], figures["untrained_student_nfe2_fd"]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    settings = {key: value for key, value in asdict(METHOD).items() if value is not None}
-    return f"""# Branch weightings on the digits
+    settings = {key: value for key, value in asdict(method).items() if value is not None}
+    every, argument = study.spec.budget.every_kimg, "" if name == "digits" else f" {name}"
+    return f"""# Branch weightings on the {name}
 
-fd-digits (lower is better; not an FID) of students at NFE {METHOD.nfe} with K = {METHOD.num_branches},
+{study.metric} (lower is better; not an FID) of students at NFE {method.nfe} with K = {method.num_branches},
 distilled from the shipped teacher. That teacher scores {teacher:.2f} itself with 12 steps, an untrained
-student {untrained:.1f} (both on 2000 samples, `bdense_core/assets/digits/CARD.md`). All weightings share one
+student {untrained:.1f} (both on 2000 samples, `bdense_core/assets/{name}/CARD.md`). All weightings share one
 protocol; all that were run with these settings are here, with every seed.
 
 {chr(10).join(table(runs))}
 
 - Spread between weightings: their means span {max(means) - min(means):.2f}.
-- Spread between training seeds: standard deviation {deviation:.3f} on average, range of {len(SEEDS)} seeds at
+- Spread between training seeds: standard deviation {deviation:.3f} on average, range of {len(first)} seeds at
   most {widest:.2f}. Differences of that size are no findings.
 - Cost of a trial: {seconds:.1f} s of CPU time (median, one thread) with its teacher cache,
   {evaluation_s:.1f} s of it for the evaluations. The first trial of a seed needs {cold_s:.1f} s more, to make
   the cache.
-- Settings: `{canonical_json(settings)}`; {METHOD.num_iterations} iterations, scored every {EVERY_KIMG} kimg.
-- Evaluation: {N_SAMPLES} samples of seed {EVALUATION_SEED}. Columns "at ... kimg" are means over the seeds.
-- Made by `python tools/digits_table.py` on {today}:
+- Settings: `{canonical_json(settings)}`; {method.num_iterations} iterations, scored every {every} kimg.
+- Evaluation: {evaluation.n_samples} samples of seed {evaluation.seed}. Columns "at ... kimg" are means over the seeds.
+- Made by `python tools/digits_table.py{argument}` on {today}:
   Python {platform.python_version()}, torch {torch.__version__}, {_cpu()}, one thread, and other work on the
   machine's two cores at the same time.
 
-{NOTES}"""
+{notes}"""
 
 
-NOTES = """## How the settings were chosen
-
-Choices were made on training seeds 0 and 1 of four weightings (endpoint only, paper, uniform, a = -1), for
-speed and for a spread between them that exceeds that between seeds; then this table was made.
-
-- Network: 16 channels, (1, 2, 2), attention in the middle only: 0.29M parameters, about 1500 images a second
-  forward and backward on one thread at batch 64. Two levels of 0.26M to 0.38M parameters (16 to 32 channels)
-  gave 810 to 970; `channels_last` was no faster.
-- Learning rate and budget: with 1e-3 and 6 kimg the student all but reaches its teacher whatever the weights,
-  and the differences shrink to the size of the seed noise. 4e-4 and 3 kimg showed them; the settings above
-  are these, rounded up for one more report.
-- Features: those of a classifier alone (the first try, on 2000 samples) also ranked a = -1 last and uniform
-  third, but were noisier between seeds: they hardly see what leaves the class alone. The shipped features
-  also have to rebuild the image. So the metric was changed once with these four weightings in view.
-"""
+def _notes(path: Path) -> str:
+    """The part of the page that is kept."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return KEPT + text.partition(KEPT)[2] if KEPT in text else ""
 
 
 def _cpu() -> str:
@@ -158,21 +167,20 @@ def _cpu() -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--output", type=click.Path(path_type=Path), default=Path("docs/digits.md"), show_default=True)
-def main(output: Path) -> None:
+@click.argument("name", type=click.Choice(["digits", "digits16"]), default="digits")
+@click.option("--weighting", "names", type=click.Choice(list(WEIGHTINGS)), multiple=True, help="Default: all.")
+@click.option("--seeds", type=click.IntRange(2), default=3, show_default=True, help="Training seeds, from 0.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Seeds at once.")
+@click.option("--output", type=click.Path(path_type=Path), help="Default: docs/NAME.md")
+def main(name: str, names: tuple[str, ...], seeds: int, jobs: int, output: Path | None) -> None:
     torch.set_num_threads(1)
-    runs: dict[str, list[Run]] = {name: [] for name in WEIGHTINGS}
-    with tempfile.TemporaryDirectory() as cache_root:
-        start = distil(WEIGHTINGS["uniform"], SEEDS[0], cache_root)  # fills the first seed's cache
-        for seed in SEEDS:
-            for name, weights in WEIGHTINGS.items():
-                runs[name].append(distil(weights, seed, cache_root))
-                click.echo(
-                    f"{name} seed {seed}: {runs[name][-1].value:.3f}, {runs[name][-1].seconds:.1f} s",
-                    err=True,
-                )
-    scoring = len(runs["uniform"][0].scores) * evaluation_seconds()
-    write_text_atomically(output, page(runs, start.seconds - runs["uniform"][0].seconds, scoring))
+    output, names = output or Path("docs") / f"{name}.md", names or tuple(WEIGHTINGS)
+    study = load_study(studies_folder() / f"{name}.yaml")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        by_seed = list(pool.map(partial(all_of_seed, study, names, Path(folder)), range(seeds)))
+    runs = {names[i]: [some[i] for some in by_seed] for i in range(len(names))}
+    scoring = len(by_seed[0][0].scores) * evaluation_seconds(study)
+    write_text_atomically(output, page(study, runs, scoring, _notes(output)))
     click.echo(f"wrote {output}")
 
 

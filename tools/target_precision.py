@@ -43,7 +43,7 @@ def errors_of_states(trajectories: int) -> tuple[Tensor, Tensor, Tensor]:
     study = digits("method.targets=float16")
     assert isinstance(study.spec.method, SFD)
     method = replace(study.spec.method, batch=trajectories, budget_kimg=trajectories / 1000)
-    task = replace(study.task(study.controls()["paper"], SEEDS[0], cache_root=Path()), cache_root=None)
+    task = replace(study.task(study.controls()["paper"].weights, SEEDS[0], cache_root=Path()), cache_root=None)
     assert task.teacher is not None
     teacher, grid = freeze(load_network(task.teacher)), make_grid(method)
     noise = latents(task.seed, 0, trajectories, (1, 8, 8))
@@ -79,7 +79,7 @@ def table_of_states(trajectories: int) -> list[str]:
 def score(targets: str, seed: int, cache_root: str) -> float:
     """The last fd-digits of a student with the paper's weights."""
     study = digits(f"method.targets={targets}")
-    task = study.task(study.controls()["paper"], seed, cache_root=Path(cache_root))
+    task = study.task(study.controls()["paper"].weights, seed, cache_root=Path(cache_root))
     return [event.value for event in distill(study.spec.method, task) if isinstance(event, Score)][-1]
 
 

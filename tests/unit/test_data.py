@@ -67,6 +67,33 @@ def test_digits_span_the_range_from_minus_one_to_one():
     assert sorted(set(labels.tolist())) == list(range(10))
 
 
+def catmull_rom(num_small, num_large):
+    """Weights that enlarge a line of pixels: Keys' cubic with a = -1/2, cut off at both ends and summing to 1 there."""
+    centres = (np.arange(num_large) + 0.5) * num_small / num_large - 0.5
+    d = np.abs(centres[:, None] - np.arange(num_small))
+    near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    weights = np.where(d < 1, near, np.where(d < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def test_digits16_are_the_digits_enlarged_by_a_catmull_rom_filter():
+    """Bytes after each direction: half a level from each, the first through a filter of absolute sum 1.2."""
+    small, labels = data.load("digits")
+    large, same_labels = data.load("digits16")
+    assert large.shape == (1797, 1, 16, 16)
+    enlarge = catmull_rom(8, 16)
+    wide = (data.to_uint8(small)[:, 0].numpy() @ enlarge.T).clip(0, 255)
+    expected = (enlarge @ wide).clip(0, 255)
+    assert np.abs(data.to_uint8(large)[:, 0].numpy() - expected).max() < 1.2
+    assert torch.equal(labels, same_labels)
+
+
+def test_digits16_are_whole_bytes_from_minus_one_to_one():
+    images, _ = data.load("digits16")
+    assert torch.equal(data.to_uint8(images).float() / 127.5 - 1, images)
+    assert (images.min(), images.max()) == (-1, 1)
+
+
 def test_a_misspelt_dataset_is_answered_with_the_nearest():
     with pytest.raises(BadValue, match="did you mean 'digits'"):
         data.load("digit")
