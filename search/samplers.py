@@ -1,5 +1,6 @@
 """Who proposes and who stops: a study file's sampler and pruner as Optuna's, and which axis mattered."""
 
+import copy
 import heapq
 import itertools
 import math
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -127,7 +129,7 @@ def _best_of(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 class _View:
-    """A study that shows only some of its trials, as Optuna's Hyperband has one of a bracket."""
+    """A study that shows other trials than it has, as Optuna's Hyperband has one of a bracket."""
 
     def __init__(self, study: optuna.Study, trials: list[FrozenTrial]) -> None:
         self._study = study
@@ -138,6 +140,9 @@ class _View:
     ) -> list[FrozenTrial]:
         return [t for t in self._trials if states is None or t.state in states]
 
+    get_trials = _get_trials
+    """The name for users, which pruners take."""
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
@@ -147,18 +152,20 @@ class GaussianProcess(RandomSampler):
 
     By itself it knows running trials, but fails on controls without parameters, and forgets pruned trials: it would
     propose the same hopeless point again. Here a pruned trial counts with its last value, at most the worst finished
-    one's. Of many ended trials the best stay, and an even selection of the others.
+    one's; with the latter where early scores are of other samples, and so no values to compare. Of many ended trials
+    the best stay, and an even selection of the others.
     """
 
-    def __init__(self, startup_trials: int, seed: int) -> None:
+    def __init__(self, startup_trials: int, seed: int, *, early_is_other: bool) -> None:
         super().__init__(seed=seed)
+        self._early_is_other = early_is_other
         self._gp = GPSampler(n_startup_trials=max(1, startup_trials), seed=seed)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         known = [t for t in _all_trials(study) if _is_inside(t, search_space)]
-        values = _values_of_ended(known)
+        values = _values_of_ended(known, early_is_other=self._early_is_other)
         points = [_point(t, search_space, values[t.number]) for t in _selection(known, values)]
         running = [_point(t, search_space, None) for t in known if t.state == TrialState.RUNNING]
         view = _study_of([*points, *running, create_trial(state=TrialState.RUNNING)])
@@ -198,22 +205,31 @@ class Grid(RandomSampler):
 
 def make_sampler(study: Study) -> BaseSampler:
     """The study file's sampler. What it knows is in the study: keeping it saves time and changes nothing."""
-    section, ended = study.spec.sampler, Ended()
-    return DeclaredSpace(lambda seed: _inner(section, seed, ended), section.seed, _declared(study))
+    section, ended, is_other = study.spec.sampler, Ended(), _early_is_other(study)
+    return DeclaredSpace(lambda seed: _inner(section, seed, ended, is_other), section.seed, _declared(study))
 
 
-def _inner(section: SamplerSection, seed: int, ended: Ended) -> BaseSampler:
+def _early_is_other(study: Study) -> bool:
+    """Whether scores on the way, which pruned trials end with, are of other samples than final ones.
+
+    TPE needs not know: it ranks pruned trials below all finished ones, and among themselves at one kimg.
+    """
+    return study.evaluation is not None and study.evaluation.early_samples not in (None, study.evaluation.n_samples)
+
+
+def _inner(section: SamplerSection, seed: int, ended: Ended, early_is_other: bool) -> BaseSampler:
     """The sampler of one trial; `seed` is that trial's own, `section.seed` the whole study's."""
     startup = section.startup_trials
     match section.kind:
         case "tpe":
             return TreeParzen(startup, seed, ended)
         case "gp":
-            return GaussianProcess(startup, seed)
+            return GaussianProcess(startup, seed, early_is_other=early_is_other)
         case "cmaes":
             return CmaEsSampler(
-                n_startup_trials=startup, consider_pruned_trials=True, seed=seed, warn_independent_sampling=False
-            )
+                n_startup_trials=startup, consider_pruned_trials=not early_is_other, seed=seed,
+                warn_independent_sampling=False,
+            )  # fmt: skip
         case "qmc":  # one sequence, scrambled alike for all trials; Optuna counts its points in the study
             return QMCSampler(qmc_type="sobol", scramble=True, seed=_seed(section.seed))
         case "grid":
@@ -222,8 +238,36 @@ def _inner(section: SamplerSection, seed: int, ended: Ended) -> BaseSampler:
             return RandomSampler(seed=seed)
 
 
-def make_pruner(study: Study) -> optuna.pruners.BasePruner:
+def make_pruner(study: Study) -> BasePruner:
     """The study file's pruner; its steps are kimg."""
+    pruner = _pruner(study)
+    return OnSurrogate(pruner) if study.spec.pruner.by == "surrogate" else pruner
+
+
+class OnSurrogate(BasePruner):
+    """Another pruner, for which a trial's scores are its `surrogate`s: the attribute {kimg: value}, lower is better.
+
+    A trial that lacks the last one goes on. Under Hyperband samplers see all trials here, and not a bracket's alone.
+    """
+
+    def __init__(self, inner: BasePruner) -> None:
+        self._inner = inner
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        judged = _by_surrogate(trial)
+        if judged.last_step is None or judged.last_step != trial.last_step:
+            return False
+        view: Any = _View(study, [_by_surrogate(t) for t in study.get_trials(deepcopy=False)])
+        return self._inner.prune(view, judged)
+
+
+def _by_surrogate(trial: FrozenTrial) -> FrozenTrial:
+    judged = copy.copy(trial)
+    judged.intermediate_values = {int(step): value for step, value in trial.user_attrs.get("surrogate", {}).items()}
+    return judged
+
+
+def _pruner(study: Study) -> BasePruner:
     section = study.spec.pruner
     match section.kind:
         case "median" | "percentile":
@@ -266,7 +310,7 @@ def importances(optuna_study: optuna.Study, study: Study) -> dict[str, float]:
 
 def _declared(study: Study) -> dict[str, BaseDistribution]:
     """The searched axes of a study; one that is a single point is nothing to search."""
-    return {name: FloatDistribution(low, high) for name, (low, high) in free_axes(study.spec.space).items()}
+    return {name: FloatDistribution(low, high) for name, (low, high) in free_axes(study.spec.axes).items()}
 
 
 def _is_searched(trial: FrozenTrial) -> bool:
@@ -287,11 +331,18 @@ def _all_trials(study: optuna.Study) -> list[FrozenTrial]:
     return study._storage.get_all_trials(study._study_id, deepcopy=False)
 
 
-def _values_of_ended(trials: Sequence[FrozenTrial]) -> dict[int, float]:
-    """The value of each ended trial by its number; no pruned one is worse than the worst finished one."""
+def _values_of_ended(trials: Sequence[FrozenTrial], *, early_is_other: bool) -> dict[int, float]:
+    """The value of each ended trial by its number; no pruned one is worse than the worst finished one.
+
+    With `early_is_other` they are all as bad as that one; before it, they stand among themselves.
+    """
     ended = {t.number: t.value for t in trials if t.state in _ENDED and t.value is not None}
-    finished = [t.number for t in trials if t.state == TrialState.COMPLETE]
-    worst = max((ended[number] for number in finished), default=math.inf)
+    finished = {t.number for t in trials if t.state == TrialState.COMPLETE} & ended.keys()
+    worst = max((ended[number] for number in finished), default=None)
+    if worst is None:
+        return ended
+    if early_is_other:
+        return {number: value if number in finished else worst for number, value in ended.items()}
     return {number: min(value, worst) for number, value in ended.items()}
 
 

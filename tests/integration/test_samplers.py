@@ -5,11 +5,14 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from bdense_core.errors import BadValue
 from bdense_core.weights import log_linear
 from search.database import Database
 from search.export import export_object
 from search.figures import save_png, save_to_dashboard
+from search.operations_cli import enqueue
 from search.report import notes, show_object, trial_table
 from search.storage import Studies, StudyStore
 from search.study_file import load_study
@@ -53,7 +56,7 @@ def test_two_launchers_with_trials_in_flight_never_run_one_proposal_twice(databa
 
 def test_a_grid_point_that_was_lost_is_run_by_its_retry_alone(databases: list[Database]) -> None:
     stores = launchers(databases, "sampler.kind=grid", "sampler.grid_points=3", "budget.trials=9")
-    while (claim := stores[0].trials.claim()) and claim.is_control:
+    while (claim := stores[0].trials.claim()) and not claim.is_search:
         stores[0].trials.complete(claim.number, 1.0)
     assert claim is not None
     stores[0].trials.fail(claim.number, "its worker died", retry=True)
@@ -61,6 +64,72 @@ def test_a_grid_point_that_was_lost_is_run_by_its_retry_alone(databases: list[Da
     complete = [row for row in stores[1].rows() if row.is_search and row.state == "COMPLETE"]
     assert len({tuple(row.params.values()) for row in complete}) == len(complete) == 9
     assert [row.retry_of for row in complete if row.retry_of is not None] == [claim.number]
+
+
+@pytest.mark.parametrize("family", ["log_quadratic", "free", "annealed", "per_interval"])
+def test_every_family_runs_its_proposals_with_their_schedules_and_knows_the_controls(
+    databases: list[Database], family: str
+) -> None:
+    stores = launchers(databases, f"space.family={family}", "budget.trials=6")
+    run_all(stores)
+    spec = stores[0].study.spec
+    searched = [row for row in stores[0].rows() if row.is_search]
+    assert [row.state for row in searched] == ["COMPLETE"] * 6
+    for row in searched:
+        assert row.params.keys() == spec.axes.keys()
+        assert row.weights == spec.space.weights(row.params, 4)
+        assert row.schedule == spec.space.schedule(row.params, 4, 1)
+    known = {trial.user_attrs["role"]: trial.params for trial in stores[1].optuna_study.trials}
+    assert known["control:uniform"] == pytest.approx(dict.fromkeys(spec.axes, 0.0), abs=1e-9)
+    assert known["control:endpoint_only"] == {}
+
+
+def test_a_persons_own_proposal_names_the_axes_of_its_family(
+    databases: list[Database], database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BDENSE_HOME", str(tmp_path))
+    store = launchers(databases, "space.family=annealed", "budget.trials=1")[0]
+
+    def asked(*params: str) -> str | BaseException | None:
+        done = CliRunner().invoke(enqueue, ["--study", "t", "--storage", database_url, *params])
+        return done.output if done.exit_code == 0 else done.exception
+
+    for params, complaint in (
+        (("--param", "a0=0.5", "--a", "2"), "searches a0, a1, and the proposal gives a0, a; give a value for each"),
+        (("--param", "a0=0.5", "--param", "a1=9"), r"a1 = 9 lies outside the study's range [-0.5, 3]"),
+        (("--param", "a0=0.5", "--param", "a0=1"), "a0 is given twice, as 0.5 and as 1"),
+        (("--param", "a0"), "--param wants NAME=NUMBER, got 'a0'; for example --param a=1.4"),
+    ):
+        refused = asked(*params)
+        assert isinstance(refused, BadValue)
+        assert complaint in str(refused)
+    assert "runs with the next launch" in str(asked("--param", "a0=0.5", "--param", "a1=2"))
+    run_all([store])
+    (own,) = [row for row in store.rows() if row.is_search]
+    assert (own.is_enqueued, own.params) == (True, {"a0": 0.5, "a1": 2.0})
+
+
+@pytest.mark.parametrize("kind", ["median", "percentile", "successive_halving"])
+def test_pruning_on_the_surrogate_follows_it_and_not_the_metric(databases: list[Database], kind: str) -> None:
+    pruner = (f"pruner.kind={kind}", "pruner.by=surrogate", "pruner.startup_trials=3")
+    store, other = launchers(databases, *pruner, "budget.trials=4")
+    controls = {claim.number for _ in range(2) if (claim := store.trials.claim())}
+    for number in controls:
+        assert not store.trials.report(number, 50.0, 1, may_prune=False, surrogate={"1": 5.0})
+        store.trials.complete(number, 50.0)
+    stopped = []
+    for launcher, about in (
+        (store, {"surrogate": {"1": 1.0}}),
+        (other, {"surrogate": {"1": 9.0}}),
+        (store, {"surrogate": {"1": 0.5}}),
+        (other, {}),
+    ):
+        claim = launcher.trials.claim()
+        assert claim is not None and claim.is_search
+        metric = 100 / about["surrogate"]["1"] if about else 999.0
+        stopped.append(launcher.trials.report(claim.number, metric, 1, may_prune=True, **about))
+        launcher.trials.complete(claim.number, metric)
+    assert stopped == [False, True, False, False]
 
 
 @pytest.mark.parametrize(("family", "axes"), [("log_linear", ["a", "b"]), ("slope", ["a"])])

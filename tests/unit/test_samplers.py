@@ -2,20 +2,27 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from bdense_core.errors import BadValue
-from search.samplers import _selection, importances, make_pruner, make_sampler
+from search import samplers
+from search.samplers import Ended, _selection, _values_of_ended, importances, make_pruner, make_sampler
 from search.spec import Study
-from search.study_file import load_study
+from search.study_file import load_study, studies_folder
 
 KINDS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
 LEARNING = ("tpe", "gp", "cmaes")
@@ -30,10 +37,16 @@ def asked(kind: str, *overrides: str) -> Study:
     return study(f"sampler.kind={kind}", *overrides)
 
 
+def scored(spec: Study, early_samples: int) -> Study:
+    """The study with scores of 1000 samples in the end, and of so many on the way."""
+    digits = load_study(studies_folder() / "digits.yaml", overrides=(f"evaluation.early_samples={early_samples}",))
+    return replace(spec, evaluation=digits.evaluation)
+
+
 def claim(running: optuna.Study, spec: Study) -> Trial:
     running.sampler = make_sampler(spec)
     trial = running.ask()
-    for name, (low, high) in spec.spec.space.axes().items():
+    for name, (low, high) in spec.spec.axes.items():
         trial.suggest_float(name, low, high)
     return trial
 
@@ -128,6 +141,30 @@ def test_one_pruned_trial_with_a_huge_score_does_not_flatten_the_gaussian_proces
     assert all(abs(claim(running, spec).params["a"] - 1.4) < 0.3 for _ in range(3))
 
 
+@pytest.mark.parametrize(("early", "is_believed"), [(1000, True), (200, False)])
+def test_a_gaussian_process_believes_early_scores_only_if_they_are_of_as_many_samples(
+    early: int, is_believed: bool
+) -> None:
+    """Those that finished are best at a = 1.4; those that were pruned, at early scores better than all, at a = -1."""
+    running, spec, space = optuna.create_study(), scored(asked("gp", "space.b=[-1, -1]"), early), {"a": SPACE["a"]}
+    for a in np.linspace(0, 3, 12):
+        running.add_trial(create_trial(value=1 + (a - 1.4) ** 2, params={"a": a}, distributions=space))
+    for a in np.linspace(-0.9, -0.1, 6):
+        running.add_trial(create_trial(state=TrialState.PRUNED, value=a, params={"a": a}, distributions=space))
+    proposals = [claim(running, spec).params["a"] for _ in range(3)]
+    assert [a < 0 for a in proposals] == [is_believed] * 3
+
+
+def test_early_scores_of_other_samples_are_all_as_bad_as_the_worst_final_one() -> None:
+    trials = [create_trial(value=value) for value in (3.0, 7.0)]
+    trials += [create_trial(state=TrialState.PRUNED, value=value) for value in (1.0, 5.0, 9.0)]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    assert list(_values_of_ended(trials, early_is_other=True).values()) == [3, 7, 7, 7, 7]
+    assert list(_values_of_ended(trials, early_is_other=False).values()) == [3, 7, 1, 5, 7]
+    assert list(_values_of_ended(trials[2:], early_is_other=True).values()) == [1, 5, 9], "they stand among themselves"
+
+
 def test_of_too_many_trials_a_gaussian_process_gets_the_best_and_some_of_all_others() -> None:
     trials = [create_trial(value=float(value)) for value in range(10_000)]
     for number, trial in enumerate(trials):
@@ -136,6 +173,80 @@ def test_of_too_many_trials_a_gaussian_process_gets_the_best_and_some_of_all_oth
     assert kept[:250] == list(range(250))
     assert (len(kept), kept[-1]) == (500, 9999)
     assert max(after - before for before, after in pairwise(kept)) < 50
+
+
+@contextmanager
+def limits(most: int, num_best: int, num_newest: int) -> Iterator[None]:
+    """TPE's limits, small enough for histories of a few dozen trials."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samplers, "_MOST_KERNELS", most)
+        patch.setattr(samplers, "_BEST", num_best)
+        patch.setattr(samplers, "_NEWEST", num_newest)
+        yield
+
+
+def thinned_from_scratch(trials: list[FrozenTrial], most: int, num_best: int, num_newest: int) -> list[int]:
+    """The numbers of the trials that TPE is to see, in plain steps."""
+    ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    if len(ended) <= most:
+        return [t.number for t in trials]
+    finished = sorted((t for t in ended if t.state == TrialState.COMPLETE), key=lambda t: t.value)
+    pruned = sorted((t for t in ended if t.state == TrialState.PRUNED), key=lambda t: (-(t.last_step or 0), t.value))
+    others = ended[:-num_newest]
+    even = [others[i] for i in np.linspace(0, len(others) - 1, most - num_newest - num_best, dtype=int)]
+    still_open = [t for t in trials if not t.state.is_finished()]
+    kept = [*(finished + pruned)[:num_best], *even, *ended[-num_newest:], *still_open]
+    return sorted({t.number for t in kept})
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[tuple[int, FrozenTrial]]:
+    """What happens to a study: trials that open or end, in any order, each with the place where it stands."""
+    events: list[tuple[int, FrozenTrial]] = []
+    running: list[int] = []
+    for _ in range(draw(st.integers(15, 90))):
+        if not running or draw(st.integers(0, 2)) == 0:
+            number = sum(trial.state == TrialState.RUNNING for _, trial in events)
+            running.append(number)
+            ended = create_trial(state=TrialState.RUNNING)
+        else:
+            number = running.pop(draw(st.integers(0, len(running) - 1)))
+            state = draw(st.sampled_from((TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
+            value = None if state == TrialState.FAIL else float(draw(st.integers(0, 9)))
+            steps = dict.fromkeys(range(draw(st.integers(0, 3))), 1.0)
+            ended = create_trial(state=state, value=value, intermediate_values=steps)
+        ended.number = number
+        events.append((number, ended))
+    return events
+
+
+@given(events=histories(), views=st.lists(st.sampled_from(("all", "even", "odd")), min_size=1, max_size=7))
+def test_thinned_trials_are_those_of_a_selection_from_scratch_whatever_the_order_of_ends(
+    events: list[tuple[int, FrozenTrial]], views: list[str]
+) -> None:
+    """Also where it is asked for one bracket of Hyperband, then for another: here by even and odd numbers."""
+    trials: list[FrozenTrial] = []
+    ended = Ended()
+    for time, (number, trial) in enumerate(events):
+        trials[number : number + 1] = [trial]
+        view = views[time % len(views)]
+        shown = [t for t in trials if view == "all" or (t.number % 2 == 0) == (view == "even")]
+        with limits(14, 4, 3):
+            kept = [t.number for t in ended.thinned(shown)]
+        assert kept == thinned_from_scratch(shown, 14, 4, 3)
+        assert {t.number for t in shown if t.state == TrialState.RUNNING} <= set(kept)
+
+
+def test_of_thousands_of_trials_a_thousand_that_ended_are_kept_and_all_open_ones() -> None:
+    trials = [create_trial(value=float(value % 777)) for value in range(4000)]
+    for number, trial in enumerate(trials):
+        trial.number = number
+        if number % 400 == 7:
+            trial.state, trial.value = TrialState.RUNNING, None
+    kept = Ended().thinned(trials)
+    assert [t.number for t in kept] == thinned_from_scratch(trials, 1000, 25, 25)
+    assert sum(t.state == TrialState.RUNNING for t in kept) == 10
+    assert 975 <= sum(t.state == TrialState.COMPLETE for t in kept) <= 1000
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,16 +266,38 @@ def test_a_control_that_is_run_late_takes_no_proposal_and_does_no_harm(kind: str
         assert list(map(place, run(calm, spec, 21))) == list(map(place, searched))
 
 
-def test_pruned_trials_fill_a_generation_of_cma_es() -> None:
+@pytest.mark.parametrize(("early", "generations"), [(1000, [0, 0, 0, 0, 0, 0, 1]), (200, [0] * 7)])
+def test_pruned_trials_fill_a_generation_of_cma_es_only_if_their_scores_are_as_final_ones(
+    early: int, generations: list[int]
+) -> None:
     """A generation has six trials in two dimensions."""
-    running, spec = optuna.create_study(), asked("cmaes", "sampler.startup_trials=0")
+    running, spec = optuna.create_study(), scored(asked("cmaes", "sampler.startup_trials=0"), early)
     for number in range(7):
         trial = claim(running, spec)
         trial.report(1.0, 1)
         running.tell(
             trial, *([1.0] if number % 2 else []), state=TrialState.COMPLETE if number % 2 else TrialState.PRUNED
         )
-    assert [t.system_attrs["cma:generation"] for t in running.trials] == [0, 0, 0, 0, 0, 0, 1]
+    assert [t.system_attrs["cma:generation"] for t in running.trials] == generations
+
+
+@pytest.mark.parametrize("early", [1000, 200])
+def test_tpe_ranks_no_pruned_trial_above_a_finished_one_whatever_its_score(early: int) -> None:
+    """Where pruned trials have the best values of all, no more is proposed than beside the hopeless."""
+    space = {"a": SPACE["a"]}
+    proposals = []
+    for value in (-9.0, 99.0):
+        running, spec = valley(), scored(asked("tpe", "space.b=[-1, -1]"), early)
+        for a in (-0.9, -0.8, -0.7):
+            steps = {1: value}
+            running.add_trial(
+                create_trial(
+                    state=TrialState.PRUNED, value=value, params={"a": a}, distributions=space,
+                    intermediate_values=steps,
+                )
+            )  # fmt: skip
+        proposals.append([claim(running, spec).params["a"] for _ in range(4)])
+    assert proposals[0] == proposals[1]
 
 
 def test_a_gaussian_process_does_not_propose_again_what_was_pruned() -> None:
@@ -250,13 +383,20 @@ def test_a_sampler_or_pruner_that_cannot_work_is_refused(overrides: tuple[str, .
         study("budget.trials=12", *overrides)
 
 
-def prune_all(spec: Study, scores: list[float]) -> list[FrozenTrial]:
-    """One trial after another, each falling to its score from above; the last step is not asked about."""
+def prune_all(spec: Study, scores: list[float], *, metric: float | None = None) -> list[FrozenTrial]:
+    """One trial after another, each falling to its score from above; the last step is not asked about.
+
+    With a metric, that is all that is reported, and the scores are surrogates.
+    """
     running = optuna.create_study(study_name="t", pruner=make_pruner(spec))
     for score in scores:
         trial = running.ask()
+        surrogate = {}
         for step in spec.steps:
-            trial.report(score * (2 - step / spec.steps[-1]), step)
+            surrogate[str(step)] = score * (2 - step / spec.steps[-1])
+            if metric is not None:
+                trial.set_user_attr("surrogate", surrogate)
+            trial.report(surrogate[str(step)] if metric is None else metric / score, step)
             if step < spec.steps[-1] and trial.should_prune():
                 running.tell(trial, state=TrialState.PRUNED)
                 break
@@ -265,11 +405,14 @@ def prune_all(spec: Study, scores: list[float]) -> list[FrozenTrial]:
     return running.trials
 
 
+@pytest.mark.parametrize(("on", "metric"), [("metric", None), ("surrogate", 5000.0)])
 @pytest.mark.parametrize("kind", ("median", "percentile", "successive_halving", "hyperband"))
-def test_bad_trials_are_pruned_and_good_ones_survive(kind: str) -> None:
-    spec = study(f"pruner.kind={kind}", "method.budget_kimg=12", "pruner.startup_trials=3")
+def test_bad_trials_are_pruned_and_good_ones_survive(kind: str, on: str, metric: float | None) -> None:
+    """On the surrogate, the metric says the opposite of it, on a scale of its own."""
+    overrides = (f"pruner.kind={kind}", f"pruner.by={on}", "method.budget_kimg=12", "pruner.startup_trials=3")
+    spec = study(*overrides)
     scores = [5.0, 6.0, 7.0, 20.0, 4.0, 21.0, 22.0, 3.0, 23.0, 24.0, 2.0, 25.0]
-    ended = prune_all(spec, scores)
+    ended = prune_all(spec, scores, metric=metric)
     state = {score: trial.state for score, trial in zip(scores, ended, strict=True)}
     assert {state[score] for score in (5.0, 4.0, 3.0, 2.0)} == {TrialState.COMPLETE}
     assert {state[score] for score in (20.0, 21.0, 22.0, 23.0, 24.0, 25.0)} == {TrialState.PRUNED}
@@ -280,6 +423,21 @@ def test_a_percentile_spares_what_the_median_would_stop() -> None:
     for kind, state in (("median", TrialState.PRUNED), ("percentile", TrialState.COMPLETE)):
         spec = study(f"pruner.kind={kind}", "pruner.percentile=90", "pruner.startup_trials=4")
         assert prune_all(spec, scores)[-1].state == state
+
+
+@pytest.mark.parametrize("kind", ("median", "successive_halving"))
+def test_a_trial_without_a_surrogate_at_its_last_step_is_not_pruned(kind: str) -> None:
+    spec = study(f"pruner.kind={kind}", "pruner.by=surrogate", "pruner.startup_trials=1")
+    running = optuna.create_study(pruner=make_pruner(spec))
+    asked = {}
+    for number, surrogate in enumerate(({"1": 1.0, "2": 0.5}, {"1": 9.0, "2": 9.0}, {"1": 9.0}, {})):
+        trial = running.ask()
+        trial.set_user_attr("surrogate", surrogate)
+        trial.report(1.0, 1)
+        trial.report(1.0, 2)
+        asked[number] = trial.should_prune()
+        running.tell(trial, 1.0)
+    assert asked == {0: False, 1: True, 2: False, 3: False}
 
 
 def test_no_pruner_prunes_nothing() -> None:
