@@ -8,6 +8,7 @@
         NothingFinished         no trial has ended, so there is nothing to show or export
         LeaseLost               the trial belongs to somebody else now; its result is dropped
         ServerError             the embedded PostgreSQL does not start, answer or stop
+      UnlikeProtocols           values of two protocols would be ranked, subtracted or shown in one column
       ClusterError              Ray cannot be reached, or all of it was lost
       FetchError                a published file cannot be got, or is not the one that was meant
       MissingFile               a study names a file that is not there; the message says how to get it
@@ -29,6 +30,7 @@ __all__ = [
     "StudyBusy",
     "StudyExists",
     "StudyNotFound",
+    "UnlikeProtocols",
 ]
 
 
@@ -58,6 +60,10 @@ class LeaseLost(StorageError):
 
 class ServerError(StorageError):
     """The embedded PostgreSQL does not start, answer or stop."""
+
+
+class UnlikeProtocols(BDenseError):
+    """Values that were not measured alike: other features, reference statistics, or number of samples."""
 
 
 class ClusterError(BDenseError):

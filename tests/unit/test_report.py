@@ -1,18 +1,24 @@
 """Tables and what they dare to say."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from bdense_core.weights import log_linear
 from search import figures, quality
+from search.errors import UnlikeProtocols
+from search.noise import luck, noise_floor, noise_line, ranked, rival, rungs, samples_at, spreads, verdict
 from search.records import Row, count
-from search.report import curve_of, importance_line, noise_floor, ranked, spreads, trial_object, verdict
+from search.report import curve_of, importance_line, rung_table, spread_table, trial_object, trial_table
 from search.spec import Study
-from search.study_file import load_study
+from search.study_file import load_study, studies_folder
 
 
 def row(number: int, value: float, *, role: str = "search", state: str = "COMPLETE", repeats: tuple = ()) -> Row:
@@ -35,13 +41,45 @@ def test_the_noise_floor_pools_the_spread_within_each_control() -> None:
     assert floor is not None
     assert floor.sd == pytest.approx(math.sqrt((stdev((4, 4.2, 4.4)) ** 2 + stdev((9, 9, 9.3)) ** 2) / 2))
     assert floor.largest_range == pytest.approx(0.4)
-    assert (floor.step, floor.num_seeds, floor.num_controls) == (2, 3, 2)
+    assert (floor.step, floor.df, floor.num_seeds, floor.num_controls) == (2, 4, 3, 2)
+
+
+def test_what_a_seed_does_to_all_weightings_is_no_paired_noise() -> None:
+    """Differences of the two controls: 5, 4.8, 4.9; a difference has twice the variance of a run beside another."""
+    rows = [control(0, (4.0, 4.2, 4.4)), control(1, (9.0, 9.0, 9.3), "paper")]
+    floor = noise_floor(rows)
+    assert floor is not None
+    assert floor.paired_sd == pytest.approx(stdev((5.0, 4.8, 4.9)) / math.sqrt(2))
+    assert floor.paired_df == 2
+    shifted = noise_floor([control(0, (4.0, 14.2, 2.4)), control(1, (9.0, 19.0, 7.3), "paper")])
+    assert shifted is not None
+    assert shifted.paired_sd == pytest.approx(floor.paired_sd)
+    assert shifted.sd > 10 * floor.sd
+    alone = noise_floor(rows[:1])
+    assert alone is not None
+    assert (alone.paired_sd, alone.paired_df) == (None, 0)
+
+
+def test_the_metric_s_own_noise_is_that_of_one_student_on_several_evaluation_seeds() -> None:
+    rows = [
+        replace(control(0, (4.0, 7.0)), evaluations=(4.1, 3.8)),
+        replace(control(1, (9.0, 2.0), "paper"), evaluations=(9.3,)),
+    ]
+    floor = noise_floor(rows)
+    assert floor is not None
+    pooled = math.sqrt((2 * stdev((4.0, 4.1, 3.8)) ** 2 + stdev((9.0, 9.3)) ** 2) / 3)
+    assert floor.evaluation_sd == pytest.approx(pooled)
+    assert f"over evaluation seeds {pooled:.2g}" in noise_line(floor)
+    early = noise_floor([replace(item, repeats=((1, 1, 5.0),)) for item in rows], step=1)
+    assert early is not None
+    assert early.evaluation_sd is None, "students are scored so at the end alone"
 
 
 def test_without_repeats_there_is_no_noise_floor_and_that_is_said() -> None:
     rows = [control(0, (4.0,)), row(1, 3.0)]
     assert noise_floor(rows) is None
-    assert "is not known: raise seeds.control_repeats" in verdict(rows)
+    assert "is not known: raise seeds.control_repeats" in verdict(study(), rows)
+    assert "seeds.control_repeats" in noise_line(None)
 
 
 def test_pruned_trials_are_compared_where_all_trials_were() -> None:
@@ -53,24 +91,174 @@ def test_pruned_trials_are_compared_where_all_trials_were() -> None:
     assert in_common.floor is None, "no control was scored on two seeds at 1 kimg"
 
 
+CONTROLS = [control(0, (4.0, 4.2, 4.1)), control(1, (4.3, 4.6, 4.3), "paper")]
+
+
 @pytest.mark.parametrize(
     ("best", "words"),
     [
-        (3.9, "not distinguishable, -0.1 lies within"),
-        (4.05, "not distinguishable, +0.05"),
-        (2.0, "better by 2, more than"),
-        (50.0, "worse by 46, more than"),
+        (3.9, ": not distinguishable. It is better by 0.1, and the best of 1 trials of pure noise would look"),
+        (4.05, ": not distinguishable. It is worse by 0.05, and"),
+        (2.0, ": better than luck alone would make it. It is better by 2, and"),
+        (50.0, ": worse by 46, more than two runs differ by"),
     ],
 )
 def test_a_gain_within_the_noise_is_not_called_one(best: float, words: str) -> None:
-    rows = [control(0, (4.0, 4.2, 4.1)), row(1, best)]
-    assert words in verdict(rows)
+    found = verdict(study(), [*CONTROLS, row(2, best)])
+    assert f"best trial 2 against control:uniform{words}" in found
+    assert ("bdense-weights confirm --study synthetic --top 3 --seeds 5" in found) == (best < 50)
+
+
+def test_the_same_gain_is_less_of_a_finding_the_more_trials_it_was_picked_from() -> None:
+    floor = noise_floor(CONTROLS)
+    assert floor is not None
+    trials = [row(i, 3.4 + 0.001 * i) for i in range(2, 102)]
+    chances = [floor.chance_of_best(4.0 - 3.402, num_trials=n, num_seeds=1) for n in (1, 100)]
+    assert chances[0] < 0.05 < chances[1]
+    assert "better than luck" in verdict(study(), [*CONTROLS, *trials[:1]])
+    found = verdict(study(), [*CONTROLS, *trials[:50], *(replace(item, state="PRUNED") for item in trials[50:])])
+    assert ": not distinguishable." in found
+    assert f"the best of 100 trials of pure noise would look at least as good in {chances[1]:.0%} of" in found
+
+
+def test_rules_that_learn_are_no_part_of_the_noise_and_no_control_to_beat() -> None:
+    gate = replace(control(7, (1.0, 9.0, 3.0), "gate"), rule="gate", evaluations=(8.0,))
+    meta = replace(control(8, (2.0, 2.5, 7.0), "meta"), rule="meta")
+    rows = [*CONTROLS, row(2, 3.9)]
+    assert noise_floor([*rows, gate, meta]) == noise_floor(rows)
+    assert verdict(study(), [*rows, gate, meta]) == verdict(study(), rows)
+    found = rival([gate, meta, *rows])
+    assert found is not None and found.role == "control:uniform"
+    assert ranked([*rows, gate])[0] is gate, "it is ranked all the same"
+    assert (rival([gate, rows[2]]), noise_floor([gate, meta])) == (None, None)
+    assert verdict(study(), [gate, rows[2]]) == "no trial to compare with a control yet"
+
+
+def test_the_rival_is_the_best_control_over_its_seeds_and_not_by_one_lucky_one() -> None:
+    lucky = control(0, (3.0, 6.0, 6.0))
+    found = rival([lucky, control(1, (4.0, 4.1, 4.2), "paper")])
+    assert found is not None and found.role == "control:paper"
+
+
+def test_luck_carries_the_numbers_of_the_verdict() -> None:
+    rows = [*CONTROLS, row(2, 3.9), row(3, 4.5), row(4, 9.0, state="PRUNED")]
+    found, floor = luck(study(), rows), noise_floor(rows)
+    assert found is not None and floor is not None
+    assert (found.best.number, found.rival.role, found.num_trials, found.num_seeds) == (2, "control:uniform", 3, 1)
+    assert found.gain == pytest.approx(0.1)
+    assert found.chance == floor.chance_of_best(found.gain, num_trials=3, num_seeds=1)
+    assert (found.is_worse, found.is_distinguishable) == (False, False)
+    assert f"in {found.chance:.0%} of studies" in verdict(study(), rows)
+    far = luck(study(), [*CONTROLS, row(2, 50.0)])
+    assert far is not None and far.is_worse and -far.gain > floor.finding
+    near = luck(study(), [*CONTROLS, row(2, 2.0)])
+    assert near is not None and near.is_distinguishable
+    assert (
+        luck(study(), CONTROLS) is luck(study(), rows[2:]) is luck(study(), [control(0, (4.0,)), row(1, 3.0)]) is None
+    )
+
+
+def test_trials_on_several_seeds_have_less_noise() -> None:
+    floor = noise_floor(CONTROLS)
+    assert floor is not None
+    assert floor.chance_of_best(0.2, num_trials=5, num_seeds=4) == floor.chance_of_best(0.4, num_trials=5, num_seeds=1)
 
 
 def test_rows_are_ranked_by_value_then_number_and_only_if_they_ended() -> None:
     rows = [row(3, 2.0), row(1, 2.0), row(2, 1.0, state="PRUNED"), control(0, (1.5,))]
     assert [r.number for r in ranked(rows)] == [0, 1, 3]
     assert [r.number for r in ranked(rows, searched_only=True)] == [1, 3]
+
+
+def test_values_of_two_protocols_are_never_ranked_or_shown_together() -> None:
+    other = replace(row(7, 1.0), protocol="other")
+    for rows in ([*CONTROLS, other], [*CONTROLS, replace(other, state="PRUNED")]):
+        with pytest.raises(UnlikeProtocols, match="trial 7 was scored by protocol other"):
+            ranked(rows)
+        with pytest.raises(UnlikeProtocols):
+            noise_floor(rows)
+    assert len(ranked([*CONTROLS, replace(other, state="WAITING", value=None)])) == 2
+
+
+def digits(*overrides: str) -> Study:
+    return load_study(studies_folder() / "digits.yaml", overrides=overrides)
+
+
+def test_early_scores_of_fewer_samples_say_so() -> None:
+    scored = digits("evaluation.early_samples=200")
+    assert [samples_at(scored, step) for step in (1, 3, 4)] == [200, 200, 1000]
+    assert samples_at(digits(), 1) == 1000
+    assert samples_at(study(), 1) is None
+
+
+def text_of(table: Table) -> str:
+    console = Console(width=300, file=io.StringIO(), record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def test_a_pruned_trial_s_score_of_fewer_samples_stands_in_no_column_of_final_scores() -> None:
+    rows = [*CONTROLS, replace(row(2, 3.217, state="PRUNED"), intermediate={2: 3.217})]
+    cells = {}
+    for early in ("200", "1000"):
+        store = SimpleNamespace(name="digits", study=digits(f"evaluation.early_samples={early}"))
+        line = next(line for line in text_of(trial_table(store, rows, top=None)).splitlines() if "PRUNED" in line)
+        cells[early] = [cell.strip() for cell in line.split("│")[1:-1]]
+    assert cells["200"][5:] == ["", "", "PRUNED at 2 kimg with 3.217 on 200 samples"]
+    assert cells["1000"][5:] == ["(3.217)", "", "PRUNED at 2 kimg"]
+
+
+@pytest.mark.parametrize(("early", "is_other"), [("200", True), ("1000", False)])
+def test_a_pruned_trial_s_score_of_fewer_samples_is_no_value_for_programs(early: str, is_other: bool) -> None:
+    scored = digits(f"evaluation.early_samples={early}")
+    pruned = replace(row(2, 3.217, state="PRUNED"), intermediate={1: 4.0, 2: 3.217})
+    shown = trial_object(scored, pruned)
+    assert (shown["value"], shown["by_seed"]) == ((None, {}) if is_other else (3.217, {"0": 3.217}))
+    assert (shown["last_step"], shown["intermediate"]) == (2, {"1": 4.0, "2": 3.217})
+    ended = replace(pruned, state="COMPLETE", intermediate={1: 4.0, 4: 3.217})
+    assert trial_object(scored, ended)["value"] == 3.217
+
+
+def test_the_tables_show_every_part_of_the_noise() -> None:
+    rows = [replace(item, evaluations=(4.5,)) for item in CONTROLS]
+    rows = [
+        replace(item, intermediate={4: item.value}, repeats=tuple((s, 4, v) for s, _, v in item.repeats))
+        for item in rows
+    ]
+    floor = noise_floor(rows)
+    assert floor is not None
+    trials = text_of(trial_table(SimpleNamespace(name="digits", study=digits()), rows))
+    for part in (f"{floor.sd:.2g} (df 4)", f"{floor.paired_sd:.2g} (df 2)", f"{floor.evaluation_sd:.2g}"):
+        assert part in " ".join(trials.split()), "the caption wraps"
+    line = next(line for line in text_of(spread_table(digits(), rows)).splitlines() if line.startswith("│"))
+    cells = [cell.strip() for cell in line.split("│")[1:-1]]
+    assert cells[:3] + cells[6:8] == ["4", "1000", "2", f"{floor.sd:.2g}", f"{floor.paired_sd:.2g}"]
+
+
+def test_rungs_correlate_early_scores_and_the_surrogate_with_the_final_score_of_survivors() -> None:
+    scored = digits("evaluation.early_samples=200")
+    finals = (5.0, 4.0, 3.0, 2.0, 1.0)
+    early, surrogate = (9.0, 8.0, 7.0, 5.0, 6.0), (1.0, 2.0, 3.0, 4.0, 5.0)
+    rows = [
+        replace(row(i, final), intermediate={2: e, 4: final}, surrogate={4: s})
+        for i, (final, e, s) in enumerate(zip(finals, early, surrogate, strict=True))
+    ]
+    pruned = replace(row(9, 100.0, state="PRUNED"), intermediate={2: 100.0}, surrogate={2: 7.0})
+    middle, end = rungs(scored, [*rows, pruned])
+    assert (middle.step, middle.samples, middle.surrogate) == (2, 200, None)
+    assert middle.metric is not None
+    assert (middle.metric.rho, middle.metric.count) == (
+        pytest.approx(1 - 6 * 2 / (5 * 24)),
+        5,
+    )  # two neighbours exchanged
+    assert (end.step, end.samples, end.metric) == (4, 1000, None)
+    assert end.surrogate is not None
+    assert end.surrogate.rho == pytest.approx(-1)
+    text = text_of(rung_table(scored, rows))
+    assert "0.90 (" in text
+    assert "-1.00 (" in text
+    assert "n=5" in text
+    assert "survivors" in text
 
 
 def test_counts_keep_controls_and_searched_trials_apart() -> None:
@@ -129,7 +317,7 @@ def test_importances_from_few_trials_carry_a_caution() -> None:
 def test_a_row_of_either_family_has_the_a_and_b_of_its_weights(family: str) -> None:
     searched = study(f"space={{family: {family}}}")
     params = {"a": 0.7, "b": -2.0}
-    params = {name: params[name] for name in searched.spec.space.axes()}
+    params = {name: params[name] for name in searched.spec.axes}
     weights = searched.spec.space.weights(params, 4)
     shown = trial_object(searched, replace(row(0, 1.0), params=params, weights=weights))
     assert (shown["params"], shown["a"]) == (params, 0.7)
@@ -141,6 +329,7 @@ def test_a_control_keeps_the_scale_it_ran_with(family: str) -> None:
     paper = replace(row(0, 1.0, role="control:paper"), weights=log_linear(1.386, -4.274, 4), params={"a": 1.386})
     assert curve_of(study(f"space.family={family}"), paper) == pytest.approx((1.386, -4.274))
     assert curve_of(study(f"space.family={family}"), replace(paper, weights=(0.0, 0.0, 0.0, 1.0), params={})) is None
+    assert curve_of(study(f"space.family={family}"), replace(paper, schedule=(((1.0,) * 4,),))) is None
 
 
 def test_the_map_of_two_axes_is_a_plane_and_of_one_axis_a_line_of_scores() -> None:

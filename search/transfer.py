@@ -1,0 +1,128 @@
+"""What weights found on one study are worth on a target: by weighting and NFE, and whether the order carried over."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from search.comparison import ArmResult, Comparison, to_dict
+from search.statistics import Correlation, Interval, rank_correlation
+
+
+@dataclass(frozen=True)
+class TransferTable:
+    """A target's comparisons, one for each NFE, beside what the weightings were worth where they come from."""
+
+    target: str
+    source: str
+    metric: str
+    baseline: str
+    """The control that gains are over: the primary loss term alone, which is the method without dense branches."""
+    comparisons: dict[int, Comparison]
+    """By NFE, rising."""
+    correlations: dict[int, Correlation | None]
+    """How far the source's scores order the weightings as the target's do, by NFE; None of too few."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All weightings, best first at the first NFE."""
+        return tuple(dict.fromkeys(arm.name for item in self.comparisons.values() for arm in item.arms))
+
+
+def transfer_tables(compared: Sequence[Comparison]) -> list[TransferTable]:
+    """The comparisons of kind "transfer" among these, those of one target and one source together."""
+    groups: dict[tuple[str, str], dict[int, Comparison]] = {}
+    for item in compared:
+        section = item.study.spec.comparison
+        if section is not None and section.kind == "transfer":
+            groups.setdefault((section.target, section.of), {})[item.study.spec.method.nfe] = item
+    return [_table_of(target, source, dict(sorted(found.items()))) for (target, source), found in groups.items()]
+
+
+def _table_of(target: str, source: str, comparisons: dict[int, Comparison]) -> TransferTable:
+    study = next(iter(comparisons.values())).study
+    return TransferTable(
+        target=target,
+        source=source,
+        metric=study.metric,
+        baseline=next(iter(study.controls())),
+        comparisons=comparisons,
+        correlations={nfe: _correlation(item.arms) for nfe, item in comparisons.items()},
+    )
+
+
+def _correlation(arms: Sequence[ArmResult]) -> Correlation | None:
+    pairs = [
+        (arm.arm.source_value, arm.mean.mean)
+        for arm in arms
+        if arm.arm.source_value is not None and arm.mean.count and not arm.missing
+    ]
+    return rank_correlation([source for source, _ in pairs], [target for _, target in pairs])
+
+
+def to_object(found: TransferTable) -> dict[str, Any]:
+    """What programs read."""
+    return {
+        "target": found.target,
+        "source": found.source,
+        "metric": found.metric,
+        "baseline": found.baseline,
+        "by_nfe": [
+            {
+                "nfe": nfe,
+                "rank_correlation": None if (of := found.correlations[nfe]) is None else asdict(of),
+                **to_dict(comparison),
+            }
+            for nfe, comparison in found.comparisons.items()
+        ],
+    }
+
+
+def transfer_table(found: TransferTable) -> Table:
+    """Weightings down, NFEs across: the target's metric, and the gain over the baseline on the same seeds."""
+    title = f"{found.source} -> {found.target}: {found.metric}, lower is better"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = _caption(found)
+    table.add_column("weighting", no_wrap=True)
+    table.add_column(f"on {found.source}", justify="right", no_wrap=True)
+    for nfe in found.comparisons:
+        table.add_column(f"NFE {nfe}", justify="right", no_wrap=True)
+        table.add_column(f"gain over {found.baseline}", justify="right")
+    for name in found.names:
+        arms = {
+            nfe: next((arm for arm in item.arms if arm.name == name), None) for nfe, item in found.comparisons.items()
+        }
+        known = [arm for arm in arms.values() if arm is not None]
+        cells = [cell for arm in arms.values() for cell in _cells(arm, found.baseline)]
+        source = known[0].arm.source_value
+        style = "cyan" if known[0].is_control else None
+        table.add_row(name, "" if source is None else f"{source:.4g}", *cells, style=style)
+    return table
+
+
+def _cells(arm: ArmResult | None, baseline: str) -> tuple[str, str]:
+    if arm is None or not arm.mean.count:
+        return "", ""
+    gain = next((gain.interval for gain in arm.gains if gain.control == baseline), None)
+    return f"{arm.mean.mean:.4g}", "" if gain is None else _with_interval(gain)
+
+
+def _with_interval(gain: Interval) -> str:
+    return f"{gain.mean:+.2g} ({gain.low:+.2g} to {gain.high:+.2g})" if gain.count > 1 else f"{gain.mean:+.2g}"
+
+
+def _caption(found: TransferTable) -> str:
+    seeds = {nfe: len(item.seeds) for nfe, item in found.comparisons.items()}
+    lines = [
+        "means over " + ", ".join(f"{count} seeds at NFE {nfe}" for nfe, count in seeds.items())
+        + "; gain: control - weighting on the same seeds, positive is better, 95 % intervals, each for itself"
+    ]  # fmt: skip
+    for nfe, of in found.correlations.items():
+        what = "not known of fewer than 4 weightings" if of is None else _in_words(of)
+        lines.append(f"rank correlation of {found.source} with {found.target} at NFE {nfe}: {what}")
+    return "\n".join(lines)
+
+
+def _in_words(of: Correlation) -> str:
+    return f"{of.rho:.2f} (95 % interval {of.low:.2f} to {of.high:.2f}, {of.count} weightings)"
