@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from search.scheduling import Conductor
 
 _FIGURES_EVERY_S = 15.0
+_FOR_FIGURES = 0.02
+"""Share of a launcher's time: figures of thousands of trials take seconds, in which no trial starts."""
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ def launch(
         stop_seen = store.follow().stop
         if store.is_done():
             _sweep(store, settings)
-            say(f"nothing left to do: {store.study.spec.budget.trials} trials and all controls have ended")
+            what = "all runs" if study.spec.comparison else f"{store.study.spec.budget.trials} trials and all controls"
+            say(f"nothing left to do: {what} have ended")
             return Outcome(store=store, interrupted=False)
         if with_dashboard:
             say(f"dashboard: {stack.enter_context(dashboard.running(url, port=dashboard_port))}")
@@ -168,9 +171,11 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, stop_seen: str
             study=study.name,
             metric=study.metric,
             trials=study.spec.budget.trials,
-            controls=len(study.controls()),
-            control_runs=study.spec.seeds.control_repeats,
+            controls=len(study.fixed_runs()),
+            trial_runs=len(study.trial_seeds()),
+            control_runs=1 if study.spec.comparison else len(study.control_seeds()),
             slots=places.total(),
+            is_comparison=study.spec.comparison is not None,
             metrics=metrics,
         )
         board.refresh(store.rows(), store.counts())
@@ -178,7 +183,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, stop_seen: str
         conductor = Conductor(
             store, board, places, nodes, cache_root=settings.cache, checkpoints=kept_at, stop_seen=stop_seen
         )
-        figures = every(_FIGURES_EVERY_S, lambda: _save_figures(store))
+        figures = every(_FIGURES_EVERY_S, lambda: _save_figures(store), at_most=_FOR_FIGURES)
 
         def tick() -> None:
             conductor.tick()

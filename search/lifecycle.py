@@ -161,8 +161,15 @@ class Trials:
         attributes = stored.user_attrs
         role = attributes.get("role", SEARCH)
         params = self._suggest(trial) if role == SEARCH or _has_params(stored) else {}
-        weights = attributes.get("weights") or self.study.spec.space.weights(params, self.study.num_branches)
-        seeds = attributes.get("seeds") or [self.study.spec.seeds.training]
+        space, num_branches = self.study.spec.space, self.study.num_branches
+        weights = attributes.get("weights") or space.weights(params, num_branches)
+        is_given = "weights" in attributes
+        schedule = (
+            attributes.get("schedule", ())
+            if is_given
+            else space.schedule(params, num_branches, self.study.num_intervals)
+        )
+        seeds = attributes.get("seeds") or self.study.trial_seeds()
         values = {
             "owner": self.owner,
             "role": role,
@@ -171,7 +178,7 @@ class Trials:
             "seeds": list(seeds),
             "protocol": self.study.protocol_hash(),
             "code": code_version(),
-        }
+        } | ({"schedule": schedule} if schedule else {})
         with self.database.transaction() as connection:
             connection.execute(queries.BEAT, {"trial": trial._trial_id})
             connection.execute(queries.SET, {"trial": trial._trial_id, "values": json.dumps(values)})
@@ -182,13 +189,14 @@ class Trials:
             origin=history[0] if history else trial.number,
             role=role,
             weights=tuple(weights),
+            schedule=tuple(tuple(map(tuple, rows)) for rows in schedule),
+            rule=attributes.get("rule", "fixed"),
             seeds=tuple(seeds),
             reported=tuple(sorted(stored.intermediate_values)),
         )
 
     def _suggest(self, trial: optuna.trial.Trial) -> dict[str, float]:
-        axes = self.study.spec.space.axes()
-        return {name: trial.suggest_float(name, low, high) for name, (low, high) in axes.items()}
+        return {name: trial.suggest_float(name, low, high) for name, (low, high) in self.study.spec.axes.items()}
 
     # -- RUNNING, and it stays so
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from datetime import datetime
 from typing import Any
 
@@ -12,9 +13,12 @@ from search import report
 from search.records import Row
 from search.spec import Study
 
+_OF_THE_TRIAL = (
+    "number", "state", "role", "params", "a", "b", "weights", "schedule", "rule", "value", "last_step", "seeds",
+)  # fmt: skip
 _KEYS = (
-    "number", "state", "role", "a", "b", "weights", "value", "last_step", "seeds", "duration_s", "started", "ended",
-    "node", "owner", "retry_of", "resumed_from", "enqueued", "code", "protocol", "reason", "notes",
+    *_OF_THE_TRIAL, "duration_s", "started", "ended", "node", "owner", "retry_of", "resumed_from", "enqueued", "code",
+    "protocol", "reason", "notes",
 )  # fmt: skip
 
 
@@ -22,7 +26,7 @@ def trial_record(study: Study, row: Row) -> dict[str, Any]:
     """A trial as `trials` prints it."""
     known = report.trial_object(study, row)
     return {
-        **{key: known[key] for key in ("number", "state", "role", "a", "b", "weights", "value", "last_step", "seeds")},
+        **{key: known[key] for key in _OF_THE_TRIAL},
         "duration_s": row.duration_s,
         "started": _moment(row.started),
         "ended": _moment(row.ended),
@@ -39,7 +43,10 @@ def trial_record(study: Study, row: Row) -> dict[str, Any]:
 
 
 def trials_csv(study: Study, rows: list[Row]) -> str:
-    """One line for each trial: its record, with a column for each branch's weight. What is not known is empty."""
+    """One line for each trial: its record, with a column for each branch's weight. What is not known is empty.
+
+    Parameters and schedule are JSON, and empty where there are none.
+    """
     lines = [_flat(trial_record(study, row), study.num_branches) for row in rows]
     text = io.StringIO()
     columns = _flat(dict.fromkeys(_KEYS), study.num_branches)
@@ -55,6 +62,8 @@ def _flat(record: dict[str, Any], num_branches: int) -> dict[str, Any]:
         if key == "weights":
             flat |= {f"weight_{branch}": None for branch in range(num_branches)}
             flat |= {f"weight_{branch}": weight for branch, weight in enumerate(value or ())}
+        elif key in ("params", "schedule"):
+            flat[key] = json.dumps(value) if value else None
         elif isinstance(value, list):
             flat[key] = ("; " if key == "notes" else " ").join(str(item) for item in value)
         else:

@@ -78,6 +78,8 @@ class Status:
 
     study: str
     metric: str
+    is_comparison: bool
+    """It searches nothing: all that it runs are counted as `controls`."""
     paused: bool
     trials: int
     """The total of searched trials that is asked for."""
@@ -101,9 +103,10 @@ def status(store: StudyStore) -> Status:
     return Status(
         study=store.name,
         metric=store.study.metric,
+        is_comparison=store.study.spec.comparison is not None,
         paused=store.follow().paused,
         trials=store.study.spec.budget.trials,
-        controls=len(store.study.controls()),
+        controls=len(store.study.fixed_runs()),
         counts=count(rows),
         running=tuple(_running(row, lease, grace_s) for row, lease in held),
         launchers=launchers(list(leases.values()), grace_s),
@@ -180,7 +183,8 @@ def time_left(study: Study, rows: list[Row]) -> float | None:
     running = [row for row in still_open if row.state == "RUNNING"]
     certain = sum(row.is_search and (row.is_enqueued or row.state == "RUNNING") for row in still_open)
     searches = max(study.spec.budget.trials - count(rows).counted, certain)
-    runs = searches + sum(len(row.seeds) for row in still_open if row.is_control)
+    searched_runs = searches * len(study.trial_seeds())
+    runs = searched_runs + sum(len(row.seeds) for row in still_open if not row.is_search)
     if runs == 0:
         return 0.0
     ended = [row for row in rows if row.state in ("COMPLETE", "PRUNED") and row.duration_s]
@@ -199,12 +203,19 @@ def summary(found: Status) -> str:
     return "\n".join(
         [
             f"{found.study}: {found.metric}{', PAUSED' if found.paused else ''}",
-            f"{counts.counted}/{found.trials} trials, {counts.controls_done}/{found.controls} controls, "
-            f"{counts.running} running, {counts.waiting} waiting, {counts.failed} failed",
+            f"{how_far(found)}, {counts.running} running, {counts.waiting} waiting, {counts.failed} failed",
             f"launchers: {', '.join(str(launcher) for launcher in found.launchers) or 'none at work'}",
             f"finished per hour: {per_hour}; time left: {left}",
         ]
     )
+
+
+def how_far(found: Status) -> str:
+    """What has ended of all that is asked for."""
+    controls = f"{found.counts.controls_done}/{found.controls}"
+    if found.is_comparison:
+        return f"{controls} runs"
+    return f"{found.counts.counted}/{found.trials} trials, {controls} controls"
 
 
 def running_table(found: Status) -> Table:
@@ -253,18 +264,50 @@ def edit(store: StudyStore, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
     """Change keys of a study that may be running.
 
     Returns:
-        The old and the new value of each key.
+        The old and the new value of each key; of a section, of all keys in it.
 
     Raises:
         BadValue: a key that may not change, or a value that is none; nothing was changed.
     """
-    before = mutable_values(store.study)
+    if "budget.trials" in values:
+        _check_searches(store.study, "budget.trials stays 0")
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadValue(f"{key} must be finite, got {value}")
+    before = mutable_values(store.study)
     store.edit(values)
     after = mutable_values(store.study)
-    return {key: (before[key], after[key]) for key in values}
+    return {
+        key: (before.get(key), value)
+        for key, value in after.items()
+        if any(key == given or key.startswith(given + ".") for given in values)
+    }
+
+
+def propose(store: StudyStore, params: dict[str, float]) -> int:
+    """Queue a proposal of a person's own; the number of its trial.
+
+    Raises:
+        BadValue: a parameter that the space does not have, lacks, or has within another range, or no search at all.
+    """
+    _check_searches(store.study, "it takes no proposal")
+    return store.enqueue(params)
+
+
+def _check_searches(study: Study, consequence: str) -> None:
+    if study.spec.comparison is not None:
+        raise BadValue(
+            f"study {study.name!r} is a comparison, which searches nothing, so {consequence}; `bdense-weights confirm` "
+            "or `transfer` with a larger --top or --seeds adds runs"
+        )
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    """The keys that people may change, with their values."""
+    known = mutable_values(study)
+    if study.spec.comparison is not None:
+        del known["budget.trials"]
+    return {key: value for key, value in known.items() if key.partition(".")[0] != "comparison"}
 
 
 def settings_table(study: Study) -> Table:
@@ -272,7 +315,7 @@ def settings_table(study: Study) -> Table:
     table = Table()
     for column in ("key", "value", "a change takes effect"):
         table.add_column(column)
-    for key, value in mutable_values(study).items():
+    for key, value in _settings(study).items():
         table.add_row(key, "" if value is None else str(value), takes_effect(key))
     return table
 

@@ -66,14 +66,16 @@ def trials(name: str, storage: str | None, form: str, output: Path | None) -> No
 @click.command()
 @study_option
 @storage_option
-@click.option("--a", type=float, help="Slope of w_k = exp(a k + b).")
-@click.option("--b", type=float, help="Intercept, where the study searches it.")
-def enqueue(name: str, storage: str | None, a: float | None, b: float | None) -> None:
+@click.option("--param", "given", metavar="NAME=VALUE", multiple=True, help="A parameter that the study searches.")
+@click.option("--a", type=float, help="The same as --param a=VALUE: the slope, where the study has one.")
+@click.option("--b", type=float, help="The same as --param b=VALUE: the intercept, where the study searches it.")
+def enqueue(name: str, storage: str | None, given: tuple[str, ...], a: float | None, b: float | None) -> None:
     """Put a proposal of your own into the queue, before the sampler's. It counts towards the total."""
     from search import operations
 
+    params = _params([*given, *(f"{axis}={value}" for axis, value in (("a", a), ("b", b)) if value is not None)])
     store = _open(name, storage)
-    number = store.enqueue({axis: value for axis, value in (("a", a), ("b", b)) if value is not None})
+    number = operations.propose(store, params)
     if store.follow().paused:
         what_next = f"waits, as the study is paused: bdense-weights resume --study {name}"
     else:
@@ -180,6 +182,24 @@ def delete(name: str, storage: str | None, yes: bool) -> None:
 
 
 COMMANDS = (status, trials, enqueue, set_keys, pause, resume, stop, delete)
+
+
+def _params(given: list[str]) -> dict[str, float]:
+    """A proposal's parameters.
+
+    Raises:
+        BadValue: one is no number, or is given twice.
+    """
+    params: dict[str, float] = {}
+    for text in given:
+        axis, _, value = text.partition("=")
+        if axis in params:
+            raise BadValue(f"{axis} is given twice, as {params[axis]:g} and as {value}; give it once")
+        try:
+            params[axis] = float(value)
+        except ValueError as error:
+            raise BadValue(f"--param wants NAME=NUMBER, got {text!r}; for example --param a=1.4") from error
+    return params
 
 
 def _open(name: str, storage: str | None) -> "StudyStore":

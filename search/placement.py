@@ -135,7 +135,7 @@ class Places:
         if old:
             controller._trials[:] = [t for t in controller._trials if t not in old]
             for kept in (controller._stopped_trials, controller._failed_trials, controller._trials_to_cache):
-                kept -= old
+                kept.difference_update(old)
 
     def next_to_start(self) -> Any:
         """The oldest of Ray Tune's trials that has no actor, not even one that is starting; None if all have.

@@ -19,16 +19,19 @@ def plan(study: Study, settings: Settings) -> dict[str, Any]:
     """Runs, network evaluations, disk and compute, JSON-able; an upper bound, since pruned trials stop early."""
     method, spec = study.spec.method, study.spec
     controls = study.controls()
-    runs = spec.budget.trials + len(controls) * spec.seeds.control_repeats
+    runs = spec.budget.trials * len(study.trial_seeds()) + sum(len(seeds) for _, seeds, _ in study.fixed_runs())
     teacher_units, student_units = method.forward_units()
     images = method.budget_kimg * 1000
     section = spec.evaluation or EvaluationSection()
-    scored = len(study.steps) * section.n_samples * method.nfe if method.needs_teacher else 0
-    teacher_passes = len(study.control_seeds()) if spec.cache.enabled else runs
+    early = section.early_samples or section.n_samples
+    scored = ((len(study.steps) - 1) * early + section.n_samples) * method.nfe if method.needs_teacher else 0
+    again = 0 if spec.comparison else (spec.seeds.evaluation_repeats - 1) * section.n_samples * method.nfe
+    learning = sum(method.learning_units(arm.rule) * images * len(seeds) for _, seeds, arm in study.fixed_runs())
+    teacher_passes = len(study.all_seeds()) if spec.cache.enabled else runs
     evaluations = {
         "teacher_cache": round(teacher_units * images) * teacher_passes,
-        "student_training": round(student_units * images) * runs,
-        "student_scoring": scored * runs,
+        "student_training": round(student_units * images) * runs + round(learning),
+        "student_scoring": scored * runs + (again * len(controls) if method.needs_teacher else 0),
     }
     network = _network(study)
     return {
@@ -59,7 +62,7 @@ def _disk(study: Study, network: NetworkConfig | None, cache: Path) -> dict[str,
         return {"teacher_cache_gb": None if study.spec.cache.enabled else 0.0}
     return {
         "teacher_cache_gb": round(study.cache_bytes(network) / 1e9, 3),
-        "seeds": len(study.control_seeds()),
+        "seeds": len(study.all_seeds()),
         "folder": str(cache),
         "free_gb": round(free_bytes(cache) / 1e9, 1),
         "budget_gb": study.spec.cache.budget_gb,

@@ -55,7 +55,7 @@ def lacking_room(study: Study, network: NetworkConfig, cache: Path) -> str | Non
         return None
     allowed = "" if budget is None else f", and cache.budget_gb allows {budget:g}"
     return (
-        f"the teacher cache takes {needed / 1e9:.3g} GB for {len(study.control_seeds())} seed(s), {cache} has room for "
+        f"the teacher cache takes {needed / 1e9:.3g} GB for {len(study.all_seeds())} seed(s), {cache} has room for "
         f"{room / 1e9:.3g}{allowed}; set BDENSE_HOME to a larger disk, raise the budget, lower seeds.control_repeats, "
         "or do without: --set cache.enabled=false"
     )

@@ -57,12 +57,20 @@ class Board:
         controls: int,
         control_runs: int,
         slots: int,
+        trial_runs: int = 1,
+        is_comparison: bool = False,
         metrics: Metrics | None = None,
         console: Console | None = None,
     ) -> None:
-        """`control_runs`: training runs of one control, one for each of its seeds."""
-        self._study, self._metric = study, metric
-        self._trials, self._controls, self._control_runs, self._slots = trials, controls, control_runs, slots
+        """
+        Args:
+            control_runs: training runs of one control, one for each of its seeds.
+            trial_runs: the same of a searched trial.
+            is_comparison: nothing is searched, and no single run is the best one.
+        """
+        self._study, self._metric, self._is_comparison = study, metric, is_comparison
+        self._trials, self._trial_runs, self._slots = trials, trial_runs, slots
+        self._controls, self._control_runs = controls, control_runs
         self._metrics = metrics or Metrics(study)
         self._console = console or Console(stderr=True)
         self._lines: dict[int, _Line] = {}
@@ -148,7 +156,7 @@ class Board:
         with self._lock:
             line = self._lines.pop(claim.number, None)
             self._running.pop(claim.number, None)
-            if claim.is_control:
+            if not claim.is_search:
                 self._controls_done += 1
             else:
                 self._counted += 1
@@ -156,10 +164,8 @@ class Board:
                 self._consider(value, f"trial {claim.number} ({claim.role})")
             if line:
                 self._durations.append((time.monotonic() - line.started) / len(claim.seeds))
-            text = (
-                f"{state} {self._metric} {value:.4g} | {self._counted}/{self._trials} trials, "
-                f"{self._controls_done}/{self._controls} controls, best {self._best_text()}, {self._time_left()}"
-            )
+            best = [] if self._is_comparison else [f"best {self._best_text()}"]
+            text = f"{state} {self._metric} {value:.4g} | {', '.join([self._how_far(), *best, self._time_left()])}"
         self._metrics.ended(claim)
         self._tell("ended", text, claim, line=line, state=state, metric=self._metric, value=value)
 
@@ -232,6 +238,11 @@ class Board:
             self._running.pop(claim.number, None)
             return self._lines.pop(claim.number, None)
 
+    def _how_far(self) -> str:
+        if self._is_comparison:
+            return f"{self._controls_done}/{self._controls} runs"
+        return f"{self._counted}/{self._trials} trials, {self._controls_done}/{self._controls} controls"
+
     def _consider(self, value: float, name: str) -> None:
         if self._best is None or value < self._best[0]:
             self._best = (value, name)
@@ -242,8 +253,8 @@ class Board:
     def _time_left(self) -> str:
         """From the mean duration of ended runs; before the first one, from how fast the running ones are."""
         now = time.monotonic()
-        controls_left = max(0, self._controls - self._controls_done)
-        runs_left = max(0, self._trials - self._counted) + controls_left * self._control_runs
+        trials_left, controls_left = max(0, self._trials - self._counted), max(0, self._controls - self._controls_done)
+        runs_left = trials_left * self._trial_runs + controls_left * self._control_runs
         if runs_left == 0:
             return "done"
         lines = [(line, len(line.claim.seeds)) for line in self._lines.values()]
@@ -256,7 +267,8 @@ class Board:
         if not durations:
             return "time left not known yet"
         behind = sum((self._running | {line.claim.number: line.done * runs for line, runs in lines}).values())
-        at_once = max(1, min(max(self._slots, len(self._running)), runs_left))  # others' slots show by what they run
+        # others' slots show by what they run; the runs of one trial come one after another
+        at_once = max(1, min(max(self._slots, len(self._running)), trials_left + controls_left))
         seconds = max(0.0, runs_left - behind) * sum(durations) / len(durations) / at_once
         return f"about {clock(seconds)} left"
 
@@ -268,13 +280,12 @@ class Board:
             done = self._counted + self._controls_done
             bar = ProgressBar(total=max(total, 1), completed=done, width=min(60, self._console.width))
             best = Text.assemble(f"best {self._metric} ", (self._best_text(), "bold green"))
-            return Group(bar, self._head(), best, self._table())
+            return Group(bar, self._head(), *([] if self._is_comparison else [best]), self._table())
 
     def _head(self) -> Text:
         head = Text.assemble(
-            (f"{self._counted}/{self._trials} trials", "bold"),
-            f", {self._controls_done}/{self._controls} controls; ",
-            f"{clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
+            (self._how_far(), "bold"),
+            f"; {clock(time.monotonic() - self._start)} elapsed, {self._time_left()}",
         )
         if elsewhere := len(self._running - self._lines.keys()):
             head.append(f"; {elsewhere} run by other launchers")

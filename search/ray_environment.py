@@ -27,12 +27,16 @@ _SETTINGS = {
 }
 
 
+_TOKEN = secrets.token_hex(32)
+"""Ray reads its token once in a process, which may start one local Ray after the other."""
+
+
 def prepare(ray_address: str | None) -> None:
     """Set Ray's environment. A local Ray listens on every interface: a fresh token keeps everybody else out."""
     os.environ.update(_SETTINGS)
     os.environ.pop("OPTUNA_STORAGE", None)  # read already; no child of Ray's needs the database
     if ray_address is None:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_TOKEN)
         os.environ.pop("RAY_ADDRESS", None)
 
 

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from bdense_core.weights import Weights, shares
+from bdense_core.weights import Rule, Schedule, Weights, shares
 
 SEARCH = "search"
 CONTROL = "control:"
+ARM = "arm:"
+"""A run of a comparison: one weighting on one training seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,14 @@ class Claim:
     role: str
     weights: Weights
     seeds: tuple[int, ...]
+    schedule: Schedule = ()
+    rule: Rule = "fixed"
     reported: tuple[int, ...] = ()
     """Steps that an earlier owner has reported already."""
 
     @property
-    def is_control(self) -> bool:
-        return self.role.startswith(CONTROL)
+    def is_search(self) -> bool:
+        return self.role == SEARCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,16 @@ class Row:
     intermediate: dict[int, float]
     repeats: tuple[tuple[int, int, float], ...]
     """Scores on further training seeds: (seed, kimg, value)."""
+    surrogate: dict[int, float] = field(default_factory=dict)
+    """The student's distance to its teacher on fixed noise, by kimg."""
+    evaluations: tuple[float, ...] = ()
+    """The trained student's score on further evaluation seeds."""
+    samples: str | None = None
+    """Images of the trained student, and of its teacher on the same noise: a PNG in base64."""
+    schedule: Schedule = ()
+    rule: Rule = "fixed"
+    shares_learned: Weights = ()
+    """What a rule that learns ended with, in the mean over the intervals."""
     duration_s: float | None
     reason: str | None
     is_final: bool
@@ -91,7 +105,7 @@ class Row:
     @property
     def runs_in_any_case(self) -> bool:
         """Whether it runs although the study's total is reached."""
-        return self.is_control or self.is_enqueued
+        return not self.is_search or self.is_enqueued
 
     @property
     def is_search(self) -> bool:
@@ -101,10 +115,15 @@ class Row:
     def is_control(self) -> bool:
         return self.role.startswith(CONTROL)
 
+    @property
+    def arm(self) -> str | None:
+        """The weighting of a comparison that it is a run of."""
+        return self.role.removeprefix(ARM) if self.role.startswith(ARM) else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How far a study is. Searched trials and controls are counted apart."""
+    """How far a study is. Searched trials are counted apart from controls and the runs of a comparison."""
 
     counted: int
     controls_done: int
@@ -134,7 +153,7 @@ def count(rows: list[Row]) -> Counts:
     ended = [row for row in rows if row.state in ("COMPLETE", "PRUNED")]
     return Counts(
         counted=sum(row.is_search for row in ended),
-        controls_done=sum(row.is_control for row in ended),
+        controls_done=sum(not row.is_search for row in ended),
         running=sum(row.state == "RUNNING" for row in rows),
         waiting=sum(row.state == "WAITING" for row in rows),
         failed=sum(row.state == "FAIL" for row in rows),

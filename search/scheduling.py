@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -30,6 +31,8 @@ _REAP_EVERY_S = 5.0
 _SWEEP_EVERY_S = 60.0
 _START_WITHIN_S = 900.0
 _LOOK_FOR_NODES_EVERY_S = 10.0
+_OF_THE_LAST_SCORE = ("repeats", "evaluations", "samples", "shares_learned")
+"""What is kept of a trial's end beside its value."""
 
 T = TypeVar("T")
 _Next = dict[str, Any] | str | None
@@ -43,6 +46,7 @@ class _Running:
     begun: float
     beat: float
     notes: list[str] = field(default_factory=list)
+    surrogate: dict[str, float] = field(default_factory=dict)
     pace: tuple[float, float] | None = None
     """The time and the kimg of its first event: what its rate is counted from."""
 
@@ -115,7 +119,10 @@ class Conductor:
         self._running[tune_id] = _Running(claim, time.monotonic(), time.monotonic())
         self._board.started(claim)
         study = self._store.study
-        task = study.task(claim.weights, claim.seeds[0], cache_root=self._cache_root)
+        task = study.task(
+            claim.weights, claim.seeds[0], cache_root=self._cache_root, schedule=claim.schedule, rule=claim.rule,
+            is_search=claim.is_search,
+        )  # fmt: skip
         location = self._checkpoints.location(self._store.key, claim.origin) if self._checkpoints else None
         return {
             "trial": payload(study.spec.method, task, claim.seeds, checkpoint=location, code=source_fingerprint()),
@@ -149,7 +156,7 @@ class Conductor:
             return str(TrialScheduler.CONTINUE)
         step, value, done = int(result["kimg"]), float(result["value"]), bool(result["done"])
         if step not in claim.reported:
-            may_prune = not done and not claim.is_control
+            may_prune = not done and claim.is_search
             if self._trials.report(claim.number, value, step, may_prune=may_prune, **about):
                 self._trials.prune(claim.number, value)
                 self._board.ended(claim, "PRUNED", value)
@@ -157,13 +164,22 @@ class Conductor:
                 self._failures = 0.0
                 return str(TrialScheduler.STOP)
         if done:
-            if repeats := result["repeats"]:
-                about["repeats"] = [list(score) for score in repeats]
-            self._trials.complete(claim.number, value, **about)
-            self._board.ended(claim, "COMPLETE", value)
-            self._end(tune_id)
-            self._failures = 0.0
+            self._complete(tune_id, claim, result, about)
         return str(TrialScheduler.CONTINUE)
+
+    def _complete(self, tune_id: str, claim: Claim, result: dict[str, Any], about: dict[str, Any]) -> None:
+        about |= {key: result[key] for key in _OF_THE_LAST_SCORE if result.get(key)}
+        value = self._mean_over_seeds(claim, float(result["value"]), result["repeats"])
+        self._trials.complete(claim.number, value, **about)
+        self._board.ended(claim, "COMPLETE", value)
+        self._end(tune_id)
+        self._failures = 0.0
+
+    def _mean_over_seeds(self, claim: Claim, value: float, repeats: list[list[float]]) -> float:
+        """Of the seeds that every trial of the study runs on; a control has further ones."""
+        last = max((kimg for _, kimg, _ in repeats), default=0)
+        compared = set(claim.seeds[1 : len(self._store.study.trial_seeds())])
+        return mean([value, *(score for seed, kimg, score in repeats if kimg == last and seed in compared)])
 
     def _about(self, running: _Running, result: dict[str, Any]) -> dict[str, Any]:
         """What is kept of a worker's event beside its value."""
@@ -174,6 +190,9 @@ class Conductor:
         progress = {key: result.get(key) for key in ("node", "pid", "kimg", "fraction", "phase", "loss")}
         progress["kimg_per_s"] = round((kimg - begin) / (now - since), 6) if kimg > begin else None
         about: dict[str, Any] = {"progress": progress}
+        if result.get("surrogate") is not None:
+            running.surrogate[str(result["kimg"])] = result["surrogate"]
+            about["surrogate"] = running.surrogate
         if result.get("resumed") is not None:
             about["resumed_from"] = result["resumed"]
         if note := result.get("note"):
@@ -358,15 +377,17 @@ class CarryDecisions(_NotPickled, FIFOScheduler):
         self._conductor.on_lost(trial.trial_id, f"its worker was lost: {_cause(trial)}")
 
 
-def every(seconds: float, action: Callable[[], object]) -> Callable[[], None]:
-    """A callable that runs `action` at most once in so many seconds."""
-    last = 0.0
+def every(seconds: float, action: Callable[[], object], *, at_most: float = 1.0) -> Callable[[], None]:
+    """A callable that runs `action` at most once in so many seconds, and for `at_most` such a share of the time."""
+    due = 0.0
 
     def now_and_then() -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
+        nonlocal due
+        begin = time.monotonic()
+        if begin >= due:
             action()
-            last = time.monotonic()
+            end = time.monotonic()
+            due = end + max(seconds, (end - begin) / at_most)
 
     return now_and_then
 

@@ -14,9 +14,10 @@ from bdense_core.files import HashedFile, sha256_of
 from bdense_core.methods import AnyMethod
 from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Evaluation, Task, report_steps
-from bdense_core.weights import Weights, checked
+from bdense_core.weights import Rule, Schedule, Weights, checked, uniform
+from search.records import ARM, CONTROL
 from search.settings import mask
-from search.space import LogLinear, SearchSpace, family_of
+from search.space import Axes, LogLinear, SearchSpace, family_of
 
 
 class _Section(BaseModel):
@@ -33,6 +34,8 @@ class EvaluationSection(_Section):
     n_samples: int = Field(default=2000, ge=2)
     seed: int = 0
     batch: int = Field(default=500, ge=1)
+    early_samples: int | None = Field(default=None, ge=2)
+    """Samples of the scores before the last one, which may prune; default: as many as the last one's."""
 
 
 class BudgetSection(_Section):
@@ -64,6 +67,8 @@ class PrunerSection(_Section):
     """
 
     kind: Literal["median", "percentile", "successive_halving", "hyperband", "none"] = "median"
+    by: Literal["metric", "surrogate"] = "metric"
+    """What trials are judged by on the way: the metric, or the student's distance to its teacher on fixed noise."""
     percentile: float = Field(default=50.0, gt=0, lt=100)
     """For `percentile`: trials worse than this share of the earlier ones stop."""
     startup_trials: int = Field(default=5, ge=0)
@@ -79,9 +84,14 @@ class PrunerSection(_Section):
 class SeedsSection(_Section):
     """Training seeds. Every trial uses the first; trials of one seed share noise, data order and targets."""
 
-    training: int = 0
+    training: int = Field(default=0, ge=0)
+    per_trial: int = Field(default=1, ge=1, le=100)
+    """Seeds that each searched trial runs on; its value is their mean."""
     control_repeats: int = Field(default=2, ge=1, le=100)
-    """Seeds that each control runs on: their spread is the study's noise floor."""
+    """Seeds that each control runs on: their spread is the study's noise floor. Its value is the mean of the first
+    `per_trial`, as a trial's."""
+    evaluation_repeats: int = Field(default=2, ge=1, le=100)
+    """Evaluation seeds that each control is scored on in the end: the spread of the metric itself."""
 
 
 class ResourcesSection(_Section):
@@ -145,6 +155,58 @@ class CheckpointSection(_Section):
             )
 
 
+class Arm(_Section):
+    """A weighting that a comparison runs on all of its seeds."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")
+    weights: tuple[float, ...]
+    schedule: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    rule: Literal["fixed", "gate", "meta"] = "fixed"
+    is_control: bool = False
+    trial: int | None = None
+    """The searched trial that it comes from."""
+    source_value: float | None = None
+    """What it was worth in the study that it comes from."""
+
+
+class ComparisonSection(_Section):
+    """Fixed weightings, each on the same fresh seeds, instead of a search: what `confirm` and `transfer` run."""
+
+    kind: Literal["confirm", "transfer"]
+    of: str
+    """The study whose weightings these are."""
+    of_created: str
+    """When that study was made: another one of its name is another one."""
+    target: str
+    """The study whose settings they run with; for a confirmation that very one."""
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    """Training seeds, none of which the search has seen; each has an evaluation seed of its own as well."""
+
+    def model_post_init(self, _context: object) -> None:
+        for what, values in (("arms", [arm.name for arm in self.arms]), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise BadValue(f"two {what} of a comparison are called the same: {', '.join(map(str, values))}")
+
+    def joined(self, wanted: "ComparisonSection") -> "ComparisonSection":
+        """This comparison with the arms and seeds of another one that it lacks.
+
+        Raises:
+            BadValue: the other one means something else by the same names.
+        """
+        mine, theirs = ((part.kind, part.of, part.of_created, part.target) for part in (self, wanted))
+        if mine != theirs:
+            raise BadValue(f"it compares weightings of {self.of!r} as it was made on {self.of_created}, not these")
+        known = {arm.name: arm for arm in self.arms}
+        for arm in wanted.arms:
+            same = known.get(arm.name, arm)
+            if (same.weights, same.schedule, same.rule) != (arm.weights, arm.schedule, arm.rule):
+                raise BadValue(f"it has other weights called {arm.name}")
+        arms = (*self.arms, *(arm for arm in wanted.arms if arm.name not in known))
+        seeds = (*self.seeds, *(seed for seed in wanted.seeds if seed not in self.seeds))
+        return self.model_copy(update={"arms": arms, "seeds": seeds})
+
+
 class StudySpec(_Section):
     """One study file."""
 
@@ -165,9 +227,23 @@ class StudySpec(_Section):
     cache: CacheSection = CacheSection()
     checkpoints: CheckpointSection = CheckpointSection()
     lease: LeaseSection = LeaseSection()
+    experimental: tuple[Literal["gate", "meta"], ...] = ()
+    """Rules that learn their weights in training, run beside the controls."""
+    comparison: ComparisonSection | None = None
+    """Written by `bdense-weights confirm` and `transfer`; it grows when they are asked for more."""
+
+    @property
+    def num_intervals(self) -> int:
+        """Trained intervals of the student: what a `Schedule` may tell apart."""
+        return max(1, self.method.nfe)
+
+    @property
+    def axes(self) -> Axes:
+        """Name and range of each parameter of a proposal."""
+        return self.space.axes(len(self.method.terms), self.num_intervals)
 
 
-MUTABLE = (
+EDITABLE = (
     "description",
     "budget.trials",
     "budget.max_failures",
@@ -178,7 +254,12 @@ MUTABLE = (
     "checkpoints",
     "lease",
 )
-"""Keys that may change between two launches of one study: they touch no result. (Gaining or losing GPUs does.)"""
+"""Keys that people may change in a study that exists: they touch no result. (Gaining or losing GPUs does.)"""
+MUTABLE = ("comparison", *EDITABLE)
+"""Keys that may change between two launches of one study."""
+
+_NUM_SHOWN = 16
+"""Images of a student that are kept to be looked at; searched trials keep none."""
 
 _MEANT: dict[str, dict[str, Any]] = {"sfd": {"targets": "float32"}}
 """What a study meant, by method, that was stored before these settings existed."""
@@ -214,18 +295,53 @@ class Study:
         """The kimg at which a trial is scored."""
         return report_steps(self.spec.method.budget_kimg, self.spec.budget.every_kimg)
 
-    def controls(self) -> dict[str, Weights]:
-        return {name: checked(weights) for name, weights in self.spec.method.controls().items()}
+    @property
+    def num_intervals(self) -> int:
+        """Trained intervals of the student: what a `Schedule` may tell apart."""
+        return self.spec.num_intervals
+
+    def controls(self) -> dict[str, Arm]:
+        """What every search runs beside its trials, by name. In a comparison rules that learn are candidates."""
+        arms = {
+            name: Arm(name=name, weights=checked(weights), is_control=True)
+            for name, weights in self.spec.method.controls().items()
+        }
+        begin = uniform(self.num_branches)
+        for rule in self.spec.experimental:
+            arms[rule] = Arm(name=rule, weights=begin, rule=rule)
+        return arms
+
+    def trial_seeds(self) -> tuple[int, ...]:
+        """Training seeds of a searched trial."""
+        return self._seeds(self.spec.seeds.per_trial)
 
     def control_seeds(self) -> tuple[int, ...]:
-        return tuple(self.spec.seeds.training + i for i in range(self.spec.seeds.control_repeats))
+        """Training seeds of a control: a searched trial's and more."""
+        return self._seeds(max(self.spec.seeds.control_repeats, self.spec.seeds.per_trial))
+
+    def all_seeds(self) -> tuple[int, ...]:
+        """Training seeds of whatever the study runs."""
+        return self.spec.comparison.seeds if self.spec.comparison else self.control_seeds()
+
+    def fixed_runs(self) -> tuple[tuple[str, tuple[int, ...], Arm], ...]:
+        """What the study runs beside its search: role, training seeds and weighting of each trial.
+
+        A comparison goes seed by seed, so that what is compared is paired from early on.
+        """
+        if self.spec.comparison is None:
+            return tuple((CONTROL + name, self.control_seeds(), arm) for name, arm in self.controls().items())
+        seeds, arms = self.spec.comparison.seeds, self.spec.comparison.arms
+        return tuple((ARM + arm.name, (seed,), arm) for seed in seeds for arm in arms)
+
+    def _seeds(self, count: int) -> tuple[int, ...]:
+        return tuple(self.spec.seeds.training + i for i in range(count))
 
     def cache_bytes(self, network: NetworkConfig) -> float:
         """What the teacher caches take, one for each training seed; nothing if they are switched off."""
         if not self.spec.cache.enabled:
             return 0.0
         row = self.spec.method.cache_bytes(network.img_channels * network.img_resolution**2)
-        return row * self.spec.method.budget_kimg * 1000 * len(self.control_seeds())
+        return row * self.spec.method.budget_kimg * 1000 * len(self.all_seeds())
 
     def protocol_hash(self) -> str:
         """What the study's values may be compared with: only values of the same hash."""
@@ -250,14 +366,30 @@ class Study:
             section[last] = value
         return replace(self, spec=validate(spec, "the edited study"))
 
-    def task(self, weights: Weights, seed: int, *, cache_root: Path) -> Task:
-        """One distillation of this study, on the device that its resources name."""
+    def task(
+        self, weights: Weights, seed: int, *, cache_root: Path, schedule: Schedule = (), rule: Rule = "fixed",
+        is_search: bool = True,
+    ) -> Task:  # fmt: skip
+        """One distillation of this study, on the device that its resources name.
+
+        In a comparison each training seed has an evaluation seed of its own, so that intervals cover both noises.
+        """
+        evaluation, further = (
+            self.evaluation,
+            0 if is_search or self.spec.comparison else self.spec.seeds.evaluation_repeats,
+        )
+        if evaluation is not None and self.spec.comparison is not None:
+            evaluation = replace(evaluation, seed=evaluation.seed + seed)
         return Task(
             weights=weights,
+            schedule=schedule,
+            rule=rule,
             seed=seed,
             every_kimg=self.spec.budget.every_kimg,
             teacher=self.teacher,
-            evaluation=self.evaluation,
+            evaluation=evaluation,
+            evaluation_seeds=tuple((evaluation.seed if evaluation else 0) + i for i in range(1, further)),
+            num_shown=0 if is_search else _NUM_SHOWN,
             cache_root=str(cache_root) if self.spec.cache.enabled else None,
             cache_budget_gb=self.spec.cache.budget_gb,
             device="cuda" if self.spec.resources.gpus > 0 else "cpu",
@@ -389,7 +521,7 @@ def _keys_of(model: Any, prefix: str, kinds: tuple[str | None, ...]) -> set[str]
         sections = [t for t in _members(annotation) if _is_section(t)]
         if len(sections) > 1 and any(_kind_of(t) in kinds for t in sections):
             sections = [t for t in sections if _kind_of(t) in kinds]
-        if not sections:
+        if not sections or type(None) in _members(annotation):
             keys.add(prefix + name)
         for section in sections:
             keys |= _keys_of(section, f"{prefix}{name}.", kinds)

@@ -22,8 +22,8 @@ from search.checkpoints import Checkpoints
 from search.database import Database, outlasting
 from search.errors import StudyBusy, StudyExists, StudyNotFound
 from search.lifecycle import Trials
-from search.records import CONTROL, SEARCH, Counts, Row, StudySummary, count, last_of_chains
-from search.spec import MUTABLE, Study, differences, known_keys, mutable_values
+from search.records import SEARCH, Counts, Row, StudySummary, count, last_of_chains
+from search.spec import EDITABLE, Arm, Study, differences, known_keys, mutable_values
 from search.study_file import check_search
 from search.version import code_version
 
@@ -31,6 +31,7 @@ _SPEC, _SPEC_HASH, _CODE, _CREATED = "bdense:spec", "bdense:spec_sha256", "bdens
 _LAUNCHED = "bdense:launched"
 """What the last launch's file said of the keys that may change: to tell its edits from those by `set`."""
 _ORDERS = "bdense:orders"
+_ANEW = "`bdense-weights delete --study {name}` makes room for a new one"
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -67,11 +68,13 @@ class Studies:
         with self.database.exclusive(study.name):
             optuna_study = self._load(study.name)
             if optuna_study is not None and (_SPEC in optuna_study.user_attrs or optuna_study.get_trials()):
-                store = self._resume(study)
+                store = self.open(study.name)
+                study = _joined(store.study, study)
+                store = self._resume(store, study)
             else:
                 store = self._create(study, optuna_study)
             store.optuna_study.set_user_attr(_LAUNCHED, mutable_values(study))
-            store.enqueue_missing_controls()
+            store.enqueue_missing()
             return store
 
     def _create(self, study: Study, begun: optuna.Study | None) -> "StudyStore":
@@ -83,20 +86,24 @@ class Studies:
         optuna_study.set_user_attr(_SPEC, study.to_dict())
         return StudyStore(self.database, optuna_study, study)
 
-    def _resume(self, study: Study) -> "StudyStore":
-        store = self.open(study.name)
+    def _resume(self, store: "StudyStore", study: Study) -> "StudyStore":
         if different := differences(store.study.to_dict(), study.to_dict()):
+            way_out = "Use another --study NAME, or the stored settings" if study.spec.comparison is None else _ANEW
             raise StudyExists(
                 f"study {study.name!r} exists with other settings ({'; '.join(different)}); nothing was "
-                "changed. Use another --study NAME, or the stored settings"
+                f"changed. {way_out.format(name=study.name)}"
             )
         launched = store.optuna_study.user_attrs.get(_LAUNCHED, {})
         now, stored = mutable_values(study), mutable_values(store.study)
         edited = {key: value for key, value in stored.items() if key in now and now[key] == launched.get(key, value)}
-        store.kept = {key: value for key, value in edited.items() if value != now[key]}
+        store.kept = {key: value for key, value in edited.items() if value != now[key] and not _is_comparison(key)}
         store.save(study.edited(store.kept))
         taken = mutable_values(store.study)
-        store.changed = {key: value for key, value in stored.items() if key in taken and taken[key] != value}
+        store.changed = {
+            key: value
+            for key, value in stored.items()
+            if key in taken and taken[key] != value and not _is_comparison(key)
+        }
         return store
 
     def open(self, name: str) -> "StudyStore":
@@ -125,6 +132,12 @@ class Studies:
         stored = self.database.storage.get_all_studies()
         return [self.open(study.study_name) for study in stored if _SPEC in study.user_attrs]
 
+    def comparisons_of(self, source: "StudyStore") -> list["StudyStore"]:
+        """The confirmations and transfers of a search's weightings; not those of an earlier study of its name."""
+        found = [(store, store.study.spec.comparison) for store in self.ours()]
+        wanted = source.name, source.created
+        return [store for store, section in found if section and (section.of, section.of_created) == wanted]
+
     def delete(self, name: str) -> None:
         """Remove a study with all its trials.
 
@@ -144,6 +157,29 @@ class Studies:
                     f"`bdense-weights stop --study {name}` ends them, then delete it"
                 )
             optuna.delete_study(study_name=name, storage=self.database.storage)
+
+
+def _joined(stored: Study, wanted: Study) -> Study:
+    """A study that is asked for, with what is stored of its comparison: asking for less takes nothing away.
+
+    Raises:
+        StudyExists: the stored one compares something else, or nothing.
+    """
+    before, now = stored.spec.comparison, wanted.spec.comparison
+    if before is None and now is None:
+        return wanted
+    try:
+        if before is None or now is None:
+            raise BadValue("it is no such comparison" if before is None else f"it compares weightings of {before.of!r}")
+        return wanted.edited({"comparison": before.joined(now).model_dump(mode="json")})
+    except BadValue as error:
+        way_out = _ANEW.format(name=wanted.name)
+        raise StudyExists(f"study {wanted.name!r} exists: {error}; nothing was changed. {way_out}") from error
+
+
+def _is_comparison(key: str) -> bool:
+    """Keys that grow by `joined`, without a word."""
+    return key.partition(".")[0] == "comparison"
 
 
 class StudyStore:
@@ -191,6 +227,11 @@ class StudyStore:
         spec: dict[str, Any] = self._optuna.user_attrs[_SPEC]
         return spec
 
+    @property
+    def created(self) -> str:
+        """When the study was made: what tells it from another one of its name."""
+        return str(self._optuna.user_attrs.get(_CREATED))
+
     def save(self, study: Study) -> None:
         """Store the resolved study with whatever may change in it."""
         self.trials.study = study
@@ -205,13 +246,13 @@ class StudyStore:
         """
         known = known_keys(self.study.spec.method.kind, self.study.spec.space.family)
         for key in values:
-            if key not in known and key not in MUTABLE:
+            if key not in known and key not in EDITABLE:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
                 raise UnknownKey(f"unknown key {key}; did you mean {nearest[0]}?")
-            if not any(key == allowed or key.startswith(allowed + ".") for allowed in MUTABLE):
+            if not any(key == allowed or key.startswith(allowed + ".") for allowed in EDITABLE):
                 raise BadValue(
                     f"{key} cannot be changed in a study that exists: results depend on it; "
-                    f"what may change: {', '.join(MUTABLE)}"
+                    f"what may change: {', '.join(EDITABLE)}"
                 )
         with self.database.exclusive(self.name):
             study = Study.from_dict(self.stored_spec).edited(values)
@@ -294,9 +335,13 @@ class StudyStore:
         Raises:
             BadValue: a parameter that the space does not have, lacks, or has within another range.
         """
-        axes = self.study.spec.space.axes()
+        axes = self.study.spec.axes
         if params.keys() != axes.keys():
-            raise BadValue(f"study {self.name!r} searches {', '.join(axes)}; give a value for each, and no other")
+            given = ", ".join(params) or "none"
+            raise BadValue(
+                f"study {self.name!r} searches {', '.join(axes)}, and the proposal gives {given}; give a value for "
+                "each, and no other"
+            )
         for name, value in params.items():
             low, high = axes[name]
             if not low <= value <= high:
@@ -305,22 +350,32 @@ class StudyStore:
             self._optuna.enqueue_trial(params, user_attrs={"role": SEARCH, "enqueued": True})
             return len(self._optuna.get_trials(deepcopy=False)) - 1
 
-    def enqueue_missing_controls(self) -> None:
-        """Put every control that neither ran nor waits into the queue."""
+    def enqueue_missing(self) -> None:
+        """Put every control, or every run of a comparison, that neither ran nor waits into the queue."""
         newest = last_of_chains(self.rows())
-        present = {row.role for row in newest if row.state != "FAIL" or row.is_final or row.is_retried}
-        for name, weights in self.study.controls().items():
-            role = CONTROL + name
-            if role not in present:
-                attributes: dict[str, Any] = {
-                    "role": role,
-                    "weights": list(weights),
-                    "seeds": list(self.study.control_seeds()),
-                }
-                space = self.study.spec.space
-                if shown := space.params_of(weights, within_ranges=False):
-                    attributes["params"] = shown
-                self._optuna.enqueue_trial(space.params_of(weights) or {}, user_attrs=attributes)
+        again = self.study.spec.comparison is not None  # whoever asks for it again wants what failed for good, too
+        present = {
+            (row.role, row.seeds)
+            for row in newest
+            if row.state != "FAIL" or row.is_retried or (row.is_final and not again)
+        }
+        for role, seeds, arm in self.study.fixed_runs():
+            if (role, seeds) not in present:
+                self._enqueue_run(role, seeds, arm)
+
+    def _enqueue_run(self, role: str, seeds: tuple[int, ...], arm: Arm) -> None:
+        attributes: dict[str, Any] = {"role": role, "weights": list(arm.weights), "seeds": list(seeds)}
+        if arm.schedule:
+            attributes["schedule"] = arm.schedule
+        if arm.rule != "fixed":
+            attributes["rule"] = arm.rule
+        space, num_intervals = self.study.spec.space, self.study.num_intervals
+        is_line = not arm.schedule and arm.rule == "fixed"
+        if is_line and (shown := space.params_of(arm.weights, num_intervals, within_ranges=False)):
+            attributes["params"] = shown
+        is_control = self.study.spec.comparison is None
+        proposed = space.params_of(arm.weights, num_intervals) if is_line and is_control else None
+        self._optuna.enqueue_trial(proposed or {}, user_attrs=attributes)
 
     # -- what there is
 
@@ -362,6 +417,12 @@ def _row(trial: FrozenTrial) -> Row:
         value=trial.value if trial.state in _COUNTED else None,
         intermediate=finite,
         repeats=tuple((int(seed), int(step), float(value)) for seed, step, value in attributes.get("repeats", [])),
+        surrogate={int(step): float(value) for step, value in attributes.get("surrogate", {}).items()},
+        evaluations=tuple(attributes.get("evaluations", ())),
+        samples=attributes.get("samples"),
+        schedule=tuple(tuple(map(tuple, rows)) for rows in attributes.get("schedule", ())),
+        rule=attributes.get("rule", "fixed"),
+        shares_learned=tuple(attributes.get("shares_learned", ())),
         duration_s=duration,
         reason=reason if trial.state == TrialState.FAIL else None,
         owner=attributes.get("owner"),

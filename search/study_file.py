@@ -16,6 +16,9 @@ from search.model_files import Role, features_name, find
 from search.space import family_of, free_axes
 from search.spec import EvaluationSection, Study, StudySpec, flatten, validate
 
+_LARGEST_GRID = 100_000
+"""Points: all of them are held in memory."""
+
 
 def load_study(
     path: Path,
@@ -157,6 +160,7 @@ def _resolve(spec: StudySpec, folder: Path, models: Path | None, tolerate_missin
             n_samples=section.n_samples,
             seed=section.seed,
             batch=section.batch,
+            early_samples=section.early_samples,
         )
     return Study(spec=spec, teacher=found.get("teacher"), evaluation=evaluation, missing=tuple(missing))
 
@@ -170,9 +174,9 @@ def _check_sense(spec: StudySpec) -> None:
         raise BadValue("method.num_branches must be at least 2: a single branch has no weights to search")
     if spec.method.budget_kimg != int(spec.method.budget_kimg):
         raise BadValue(f"method.budget_kimg must be whole, as scores come at whole kimg; got {spec.method.budget_kimg}")
-    for corner in itertools.product(*spec.space.axes().values()):
+    for corner in itertools.product(*spec.axes.values()):
         try:
-            spec.space.weights(dict(zip(spec.space.axes(), corner, strict=True)), len(spec.method.terms))
+            spec.space.weights(dict(zip(spec.axes, corner, strict=True)), len(spec.method.terms))
         except WeightsError as error:
             raise BadValue(f"space reaches {corner}, which gives no weights: {error}") from error
     check_search(spec)
@@ -192,12 +196,17 @@ def check_search(spec: StudySpec) -> None:
     Raises:
         BadValue: they cannot.
     """
-    sampler, pruner, free = spec.sampler, spec.pruner, free_axes(spec.space)
+    sampler, pruner, free = spec.sampler, spec.pruner, free_axes(spec.axes)
     if sampler.kind == "cmaes" and len(free) < 2:
         raise BadValue(
             f"sampler.kind cmaes needs two axes, and this space searches {' and '.join(free) or 'none'}; use tpe or gp"
         )
     size = sampler.grid_points ** len(free)
+    if sampler.kind == "grid" and size > _LARGEST_GRID:
+        raise BadValue(
+            f"the grid over {len(free)} axes has {size} points, more than {_LARGEST_GRID}; lower sampler.grid_points "
+            f"(now {sampler.grid_points}), or use another sampler.kind"
+        )
     if sampler.kind == "grid" and spec.budget.trials > size:
         raise BadValue(
             f"budget.trials is {spec.budget.trials}, but the grid over {' and '.join(free) or 'no axis'} has "

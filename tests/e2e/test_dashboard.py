@@ -52,7 +52,7 @@ def test_the_dashboard_of_a_running_study_shows_its_metric_attributes_and_figure
     identity = next(study["study_id"] for study in studies if study["study_name"] == "watched")
 
     def detail(_lines: list[str]) -> bool:
-        return len(get(f"{address}api/studies/{identity}").get("plotly_graph_objects", [])) == 2  # type: ignore[arg-type]
+        return len(get(f"{address}api/studies/{identity}").get("plotly_graph_objects", [])) == 3  # type: ignore[arg-type]
 
     run.wait_for(detail)
     study = get(f"{address}api/studies/{identity}")

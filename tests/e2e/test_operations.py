@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from search import cli
+from search import cli, derived
+from search.storage import Studies
 from search.study_file import studies_folder
 from tests.complaints import complains
-from tests.studies import opened, run_one, synthetic
+from tests.studies import opened, run_all, run_one, synthetic
 
 pytestmark = pytest.mark.e2e
 
@@ -185,6 +186,28 @@ def test_a_study_that_nobody_runs_says_so_and_can_be_steered_all_the_same(desk: 
     unwritable = desk.ask("trials", "--format", "csv", "--output", "/nowhere/trials.csv")
     complains(unwritable, 1, "there is no folder /nowhere")
     assert "deleted study still" in desk.does("delete", "--yes")
+
+
+def test_a_comparison_counts_runs_and_takes_no_search(database_url: str) -> None:
+    store = opened(database_url, synthetic("budget.trials=1", name="believed"))
+    run_all(store)
+    run_one(opened(database_url, derived.confirmation(Studies(store.database), "believed", top=1, seeds=2)))
+    desk = Desk("believed.confirm", database_url)
+    text = desk.does("status")
+    assert "\n1/6 runs, 0 running, 5 waiting" in text and "0/0" not in text
+    assert desk.status()["is_comparison"]
+    known = desk.does("set")
+    assert "lease.max_retries" in known and "budget.trials" not in known and "comparison" not in known
+    before = desk.does("trials", "--format", "json"), known
+    for command in (("set", "budget.trials=2"), ("enqueue", "--a", "1", "--b", "-1")):
+        complains(desk.ask(*command), 2, "'believed.confirm' is a comparison, which searches nothing", "--seeds")
+    assert (desk.does("trials", "--format", "json"), desk.does("set")) == before
+    assert "lease.max_retries: 2 -> 5, at once" in desk.does("set", "lease.max_retries=5")
+
+
+def test_a_whole_section_is_set_and_told_key_by_key(desk: Desk) -> None:
+    told = desk.does("set", "lease={max_retries: 5, grace_s: 180}")
+    assert "lease.max_retries: 2 -> 5, at once" in told and "lease.grace_s: 180 already" in told
 
 
 def test_launchers_of_other_machines_are_told_apart_and_waited_for(database_url: str, desk: Desk) -> None:

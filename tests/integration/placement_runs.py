@@ -220,6 +220,18 @@ def short_trials(folder: Path) -> dict[str, Any]:
     return {"results": script.results, "lost": script.lost, "most_kept": script.most_kept}
 
 
+def one_after_the_other(folder: Path) -> dict[str, Any]:
+    """Two launches of one process, as a transfer to two NFEs is."""
+    numbers = []
+    for name in ("first", "second"):
+        ray_environment.prepare(None)
+        script = Script(ResourcesSection(cpus=1), [{"steps": 1}])
+        with placement.cluster(None, num_cpus=1):
+            script.run(folder / name)
+        numbers += [result["number"] for result in script.results]
+    return {"numbers": numbers}
+
+
 def idle_places(folder: Path) -> dict[str, Any]:
     """Between two trials this launcher waits for another one, which needs the only place."""
     script = Script(ResourcesSection(cpus=1), [{"steps": 1}, {"steps": 1}])

@@ -68,3 +68,7 @@ def test_short_trials_share_the_processes_that_there_are(tmp_path: Path) -> None
     assert answer["lost"] == []
     assert len({result["pid"] for result in answer["results"]}) <= 2 * 8
     assert answer["most_kept"] <= 20 + 8
+
+
+def test_a_process_starts_one_local_ray_after_the_other(tmp_path: Path) -> None:
+    assert run("one_after_the_other", tmp_path)["numbers"] == [0, 0]

@@ -2,17 +2,19 @@
 
 import csv
 import io
+import json
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
 
 from search.lifecycle import Lease
-from search.listing import trials_csv
-from search.operations import finished_per_hour, is_alive, launchers, takes_effect, time_left
+from search.listing import trial_record, trials_csv, trials_table
+from search.operations import finished_per_hour, is_alive, launchers, settings_table, takes_effect, time_left
 from search.owner import this_process
 from search.records import Row
 from search.spec import mutable_values
+from search.study_file import load_study, studies_folder
 from tests.rows import row
 from tests.studies import synthetic
 
@@ -29,7 +31,8 @@ def lease(owner: str | None = "host|elsewhere|7|1", silent_s: float | None = 1.0
 
 
 def test_every_key_that_may_change_says_when_it_takes_effect() -> None:
-    said = {key: takes_effect(key) for key in mutable_values(synthetic())}
+    said = {key: takes_effect(key) for key in mutable_values(synthetic()) if key != "comparison"}
+    assert [str(key) for key in settings_table(synthetic()).columns[0].cells] == list(said)
     assert said["budget.trials"] == said["lease.grace_s"] == said["description"] == "at once"
     assert said["cache.enabled"] == said["checkpoints.every_s"] == "with the next trial"
     assert {said[key] for key in said if key.startswith("resources.")} == {"with the next launch"}
@@ -68,6 +71,13 @@ def test_time_left_counts_training_runs_and_the_trials_that_run_at_once() -> Non
     assert time_left(study, done + running + by_people) == pytest.approx((10 + 2 - 1.5) * 10 / 2)
 
 
+def test_time_left_counts_all_runs_of_trials_on_several_seeds() -> None:
+    study = synthetic("budget.trials=4", "seeds.per_trial=3")
+    done = [row(0, duration_s=30, seeds=(0, 1, 2))]
+    running = [row(1, "RUNNING", seeds=(0, 1, 2), fraction=0.5), row(2, "RUNNING", seeds=(0, 1, 2))]
+    assert time_left(study, done + running) == pytest.approx((3 * 3 - 1.5) * 10 / 2)
+
+
 def test_time_left_is_none_where_nothing_is_known_and_zero_where_nothing_is_left() -> None:
     study = synthetic("budget.trials=1")
     assert time_left(study, [row(0, "RUNNING")]) is None, "no trial has ended"
@@ -84,3 +94,33 @@ def test_csv_has_the_same_columns_for_every_trial_and_reads_back() -> None:
     assert (first["value"], first["weight_0"], first["seeds"], first["enqueued"]) == ("", "", "", "false")
     assert (second["seeds"], second["reason"], second["notes"]) == ("3 4", 'a "b",\nc', "one; two")
     assert float(second["weight_2"]) == 1 / 3
+
+
+def test_trials_tell_their_parameters_schedule_and_rule() -> None:
+    study, schedule = synthetic("space.family=annealed"), (((0.5, 0.5),), ((0.25, 0.75),))
+    proposed = replace(row(0), params={"a0": 0.5, "a1": 2.0}, schedule=schedule)
+    learned = replace(row(1, role="control:gate"), rule="gate")
+    records = [trial_record(study, item) for item in (proposed, learned)]
+    assert [record["params"] for record in records] == [{"a0": 0.5, "a1": 2.0}, {}]
+    assert [record["schedule"] for record in records] == [[[[0.5, 0.5]], [[0.25, 0.75]]], []]
+    assert [record["rule"] for record in records] == ["fixed", "gate"]
+    first, second = csv.DictReader(io.StringIO(trials_csv(study, [proposed, learned])))
+    assert [json.loads(first[key]) for key in ("params", "schedule")] == [records[0]["params"], records[0]["schedule"]]
+    assert (second["params"], second["schedule"], second["rule"]) == ("", "", "gate")
+
+
+@pytest.mark.parametrize(("early", "is_other"), [(200, True), (1000, False)])
+def test_an_early_score_of_other_samples_is_no_value_of_a_listed_trial(early: int, is_other: bool) -> None:
+    study = load_study(studies_folder() / "digits.yaml", overrides=(f"evaluation.early_samples={early}",))
+    assert study.evaluation is not None and study.evaluation.n_samples == 1000
+    pruned = replace(row(0, "PRUNED", value=3.217), intermediate={1: 4.0, 2: 3.217})
+    complete = replace(row(1, value=2.5), intermediate={1: 4.0, 4: 2.5})
+    first, second = (trial_record(study, item) for item in (pruned, complete))
+    assert (first["value"], first["last_step"]) == (None if is_other else 3.217, 2)
+    assert (second["value"], second["last_step"]) == (2.5, 4)
+    lines = list(csv.DictReader(io.StringIO(trials_csv(study, [pruned, complete]))))
+    assert [line["value"] for line in lines] == ["" if is_other else "3.217", "2.5"]
+    (values,) = [
+        list(column.cells) for column in trials_table(study, [pruned, complete]).columns if column.header == "value"
+    ]
+    assert values == ["" if is_other else "3.217", "2.5"]

@@ -24,8 +24,11 @@ def plain_logs() -> Iterator[None]:
     logging.getLogger().handlers[:] = handlers
 
 
-def board(*, trials: int = 6, slots: int = 2, console: Console | None = None) -> Board:
-    return Board(study="digits", metric="fd", trials=trials, controls=1, control_runs=3, slots=slots, console=console)
+def board(*, trials: int = 6, slots: int = 2, trial_runs: int = 1, console: Console | None = None) -> Board:
+    return Board(
+        study="digits", metric="fd", trials=trials, controls=1, control_runs=3, slots=slots, trial_runs=trial_runs,
+        console=console,
+    )  # fmt: skip
 
 
 def progress(kimg: float, fraction: float, **more: object) -> dict[str, object]:
@@ -149,6 +152,29 @@ def test_time_left_knows_that_others_run_trials_too_and_that_controls_run_on_sev
     assert "3 run by other launchers" in shown(beside)
     refresh(beside, [*ended, *(row(number, "RUNNING", fraction=0.5) for number in (1, 2, 3))])
     assert seconds_left(shown(beside)) == (3 + 3 - 1.5) * 12 / 3
+
+
+def test_time_left_knows_that_trials_run_on_several_seeds_one_after_the_other() -> None:
+    watched = board(trials=4, slots=1, trial_runs=3)
+    rows = [row(0, value=1.0, duration_s=36, seeds=(0, 1, 2))]
+    refresh(watched, rows)
+    assert seconds_left(shown(watched)) == (3 * 3 + 3) * 12
+    refresh(watched, rows, slots=100)
+    assert seconds_left(shown(watched)) == 3 * 12
+
+
+def test_in_a_comparison_runs_are_counted_and_none_is_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    watched = Board(
+        study="digits.confirm", metric="fd", trials=0, controls=4, control_runs=1, slots=1, is_comparison=True
+    )
+    refresh(watched, [row(0, value=0.5, role="arm:uniform", seeds=(1000,), duration_s=10)])
+    watched.ended(claim(1, "arm:trial-7", seeds=(1000,)), "COMPLETE", 0.25)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r" trial 1 arm:trial-7 COMPLETE fd 0\.25 \| 2/4 runs, about 20 s left$", line)
+    assert "2/4 runs" in shown(watched) and "best" not in shown(watched)
+    searched = board(trials=0)
+    searched.ended(claim(0, "control:paper", seeds=(0, 1, 2)), "COMPLETE", 0.25)
+    assert "| 0/0 trials, 1/1 controls, best 0.25 by trial 0 (control:paper), done" in capsys.readouterr().err
 
 
 def test_the_display_shows_nodes_only_where_there_are_several_and_the_seed_of_a_repeat() -> None:

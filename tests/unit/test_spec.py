@@ -115,7 +115,7 @@ def test_a_name_is_looked_for_among_the_models(tmp_path: Path) -> None:
     shutil.copy(assets.path("digits/teacher.safetensors"), folder / "teacher.safetensors")
     path = write(tmp_path, MINIMAL | {"method": {"kind": "sfd"}, "teacher": "mine"})
     assert load_study(path, models=tmp_path / "models").teacher.path == str(folder / "teacher.safetensors")
-    with pytest.raises(CheckpointError, match=r"known by name: digits, mine; did you mean mine"):
+    with pytest.raises(CheckpointError, match=r"known by name: digits, digits16, mine; did you mean mine"):
         load_study(path, models=tmp_path / "models", overrides=("teacher=mime",))
 
 

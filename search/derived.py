@@ -1,0 +1,185 @@
+"""Comparisons: fixed weightings on fresh seeds, each a study of its own, made from a search or from a weights file."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bdense_core.errors import BadValue
+from search.comparison import are_equal
+from search.errors import NothingFinished
+from search.noise import ranked
+from search.records import CONTROL, Row
+from search.spec import Arm, ComparisonSection, Study, validate
+from search.storage import Studies, StudyStore
+from search.study_file import load_study
+
+_FRESH = 1000
+"""Fresh training seeds begin so far above a study's own, of which there are at most a hundred."""
+_FRESH_OF_TRANSFER = 2000
+"""Those of a transfer lie above: a study that is its own target has been confirmed below."""
+
+
+def confirmation_name(study: str) -> str:
+    """What the study is called that confirms another one."""
+    return f"{study}.confirm"
+
+
+def transfer_name(target: str, source: str, nfe: int) -> str:
+    """What the study is called that runs a source's weights on a target."""
+    return f"{target}.{source}.nfe{nfe}"
+
+
+def confirmation(studies: Studies, name: str, *, top: int, seeds: int) -> Study:
+    """The best `top` searched trials of a study and its controls, each on `seeds` fresh seeds.
+
+    Where it is stored already, what it lacks is added (`Studies.create_or_resume`), and nothing is repeated.
+
+    Raises:
+        NothingFinished: no searched trial has run to its end.
+        BadValue: it is a comparison itself.
+    """
+    store = studies.open(name)
+    if store.study.spec.comparison is not None:
+        raise BadValue(f"study {name!r} is a comparison itself; confirm {store.study.spec.comparison.of!r} instead")
+    comparison = ComparisonSection(
+        kind="confirm",
+        of=name,
+        of_created=store.created,
+        target=name,
+        arms=(*best_arms(store, top), *_controls(store)),
+        seeds=_seeds(store.study.spec.seeds.training + _FRESH, seeds),
+    )
+    return _derived(store.study, confirmation_name(name), comparison)
+
+
+def best_arms(store: StudyStore, top: int) -> tuple[Arm, ...]:
+    """The best searched weightings, best first, without those that are equal to a better one or to a control.
+
+    Raises:
+        NothingFinished: no searched trial has run to its end.
+    """
+    rows = ranked(store.rows(), searched_only=True)
+    if not rows:
+        counts = store.counts()
+        raise NothingFinished(
+            f"study {store.name!r} has no searched trial that ran to its end ({counts.running} running, "
+            f"{counts.waiting} waiting, {counts.failed} failed); run the launcher again, or wait for it"
+        )
+    chosen: list[Arm] = []
+    for arm in map(_arm, rows):
+        if len(chosen) < top and not any(
+            are_equal(arm, other) for other in (*chosen, *store.study.controls().values())
+        ):
+            chosen.append(arm)
+    if not chosen:
+        raise NothingFinished(f"all finished trials of study {store.name!r} have the weights of a control; search more")
+    return tuple(chosen)
+
+
+def _arm(row: Row) -> Arm:
+    return Arm(
+        name=f"trial-{row.number}", weights=row.weights, schedule=row.schedule, rule=row.rule, trial=row.number,
+        source_value=row.value,
+    )  # fmt: skip
+
+
+def _controls(store: StudyStore) -> tuple[Arm, ...]:
+    values = {row.role: row.value for row in store.rows() if row.is_control and row.state == "COMPLETE"}
+    arms = store.study.controls().values()
+    return tuple(arm.model_copy(update={"source_value": values.get(CONTROL + arm.name)}) for arm in arms)
+
+
+def _seeds(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))
+
+
+def transfers(
+    exported: dict[str, Any], target: Path, *, nfe: Sequence[int], top: int, seeds: int, models: Path
+) -> list[Study]:
+    """The best `top` candidates of a weights file and a target's controls, a study for each NFE of the target.
+
+    Args:
+        exported: a weights file's content, checked.
+        target: a study file.
+        nfe: of the target's students, a study for each; none: the target's own.
+
+    Raises:
+        BadValue: the weights mean nothing to the target's students.
+    """
+    arms, source = _exported_arms(exported)[:top], exported["study"]
+    worth = {control["role"].removeprefix(CONTROL): control["score"]["value"] for control in exported["controls"]}
+    found = []
+    for number in nfe or (None,):
+        study = load_study(target, overrides=() if number is None else (f"method.nfe={number}",), models=models)
+        for arm in arms:
+            _check_fits(exported, arm, study)
+        controls = [arm.model_copy(update={"source_value": worth.get(arm.name)}) for arm in study.controls().values()]
+        comparison = ComparisonSection(
+            kind="transfer",
+            of=source,
+            of_created=exported["provenance"]["created"],
+            target=study.name,
+            arms=(*arms, *controls),
+            seeds=_seeds(_unseen(study, exported["seeds"]), seeds),
+        )
+        found.append(_derived(study, transfer_name(study.name, source, study.spec.method.nfe), comparison))
+    return found
+
+
+def _unseen(target: Study, seen: dict[str, Any]) -> int:
+    """The first of a hundred seeds that neither the target's own searches nor the weights' study has run on."""
+    used = {*seen["training"], *seen["controls"], *seen["confirmation"]}
+    first = target.spec.seeds.training + _FRESH_OF_TRANSFER
+    while used & set(range(first, first + 100)):
+        first += _FRESH
+    return first
+
+
+def _exported_arms(exported: dict[str, Any]) -> list[Arm]:
+    try:
+        return [
+            Arm(
+                name=f"trial-{candidate['trial']}", weights=candidate["weights"], schedule=candidate["schedule"],
+                rule=candidate["rule"], trial=candidate["trial"], source_value=candidate["score"]["value"],
+            )
+            for candidate in exported["candidates"]
+        ]  # fmt: skip
+    except ValidationError as error:
+        complaint = error.errors()[0]
+        raise BadValue(f"a candidate of the weights file cannot be run: {complaint['msg']}") from error
+
+
+def _check_fits(exported: dict[str, Any], arm: Arm, target: Study) -> None:
+    if len(arm.weights) != target.num_branches:
+        raise BadValue(
+            f"the weights are for {len(arm.weights)} branches, the target {target.name!r} has {target.num_branches}; "
+            f"set method.num_branches: {len(arm.weights)} there"
+        )
+    space = target.spec.method.target_space
+    if exported["target_space"] != space:
+        raise BadValue(
+            f"the weights were found for losses in {exported['target_space']} space, the target {target.name!r} has "
+            f"them in {space} space, where the same weights mean something else; choose another target"
+        )
+    rows = {len(row) for row in arm.schedule}
+    if not rows <= {1, target.num_intervals}:
+        raise BadValue(
+            f"{arm.name} has weights for each of {max(rows)} intervals, the target has {target.num_intervals} at NFE "
+            f"{target.spec.method.nfe}; transfer it at NFE {max(rows)} alone"
+        )
+
+
+def _derived(source: Study, name: str, comparison: ComparisonSection) -> Study:
+    """A study with the settings of another one that runs a comparison and nothing else."""
+    values = source.spec.model_dump(mode="json") | {
+        "name": name,
+        "comparison": comparison.model_dump(mode="json"),
+        "description": f"{comparison.kind} of {comparison.of}",
+    }
+    values["budget"] |= {"trials": 0, "every_kimg": source.steps[-1]}  # nothing is pruned: one score, at the end
+    values["sampler"] |= {"kind": "random"}
+    values["pruner"] |= {"kind": "none"}
+    return replace(source, spec=validate(values, f"the comparison {name}"))
