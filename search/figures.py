@@ -1,208 +1,188 @@
-"""Pictures of a study: the weight curves of its best trials, and the map of its axes with values.
+"""Pictures of a study where people watch it: in optuna-dashboard, drawn by plotly, and in one PNG file.
 
-What is drawn is decided once, in `curves` and `points`; plotly draws it for optuna-dashboard, matplotlib for files.
+What is drawn is decided in `marks`.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bdense_core.files import write_atomically
+from bdense_core.files import write_bytes_atomically
+from search import marks, plots
+from search.comparison import Comparison, compare
 from search.errors import NothingFinished
+from search.marks import Colors, map_axes, points
+from search.noise import noise_floor, ranked
 from search.records import Row
-from search.report import noise_floor, ranked
-from search.space import free_axes
 from search.spec import Study
-from search.storage import StudyStore
+from search.storage import Studies, StudyStore
 
-NUM_CURVES = 3
-_CURVES, _MAP = "bdense-weight-curves", "bdense-map"
-_COLORS = ("#1f77b4", "#17becf", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#7f7f7f")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """Shares of one trial's branches, first to last."""
-
-    number: int
-    label: str
-    shares: tuple[float, ...]
-    is_control: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One trial on the map: in the plane of two axes, or above a single one."""
-
-    x: float
-    y: float
-    value: float
-    label: str
-    pruned: bool
-    is_control: bool
-
-
-def curves(rows: list[Row]) -> list[Curve]:
-    """The best searched trials and every control, best first."""
-    shown = ranked(rows, searched_only=True)[:NUM_CURVES] + [row for row in ranked(rows) if row.is_control]
-    return [
-        Curve(number=row.number, label=f"{_name(row)}: {row.value:.3g}", shares=row.shares, is_control=row.is_control)
-        for row in sorted(shown, key=lambda row: (row.value, row.number))
-    ]
-
-
-def map_axes(study: Study) -> tuple[str, str]:
-    """What the map shows along x and y: the first two searched axes, or a single one and the metric."""
-    axes = list(free_axes(study.spec.space) or study.spec.space.axes())
-    return (axes[0], axes[1]) if len(axes) > 1 else (axes[0], study.metric)
-
-
-def points(study: Study, rows: list[Row]) -> list[Point]:
-    """Every finished or pruned trial that has a place on the map, at its last value."""
-    x, y = map_axes(study)
-    return [
-        Point(
-            x=row.params[x], y=row.params.get(y, row.value), value=row.value, label=_name(row),
-            pruned=row.state == "PRUNED", is_control=row.is_control,
-        )
-        for row in rows
-        if row.value is not None and {x, y} <= {*row.params, study.metric}
-    ]  # fmt: skip
+_CURVES, _MAP, _TRAINING = "bdense-weight-curves", "bdense-map", "bdense-training"
+_CONFIRMATION = "bdense-confirmation"
+_SIZE = (16.0, 4.8)
 
 
 def save_to_dashboard(store: StudyStore) -> None:
-    """Put both figures into the study's attributes, where optuna-dashboard shows them."""
+    """Put a study's figures into its attributes, where optuna-dashboard shows them.
+
+    A comparison's figure goes to the study that it confirms as well.
+    """
+    rows = store.rows()
+    if store.study.spec.comparison is not None:
+        _save_comparison(store, compare(store.study, rows))
+    elif ranked(rows):
+        _save(store, _CURVES, _curves(store.study, rows))
+        _save(store, _MAP, _map(store.study, rows))
+        _save(store, _TRAINING, _training(store.study, rows))
+
+
+def _save_comparison(store: StudyStore, comparison: Comparison) -> None:
+    section, studies = store.study.spec.comparison, Studies(store.database)
+    if section is None or not marks.effects(comparison):
+        return
+    source = studies.open(section.of) if section.of in studies.names() else None
+    if source is not None and source.created != section.of_created:
+        source = None  # another study of that name
+    figure = _forest(comparison, Colors(source.rows() if source else []))
+    _save(store, _CONFIRMATION, figure)
+    if source is not None and section.kind == "confirm":
+        _save(source, _CONFIRMATION, figure)
+
+
+def _save(store: StudyStore, identity: str, figure: Any) -> None:
     from optuna_dashboard import save_plotly_graph_object
 
-    rows = store.rows()
-    if not ranked(rows):
-        return
-    for identity, figure in ((_CURVES, _plotly_curves(store, rows)), (_MAP, _plotly_map(store, rows))):
-        save_plotly_graph_object(store.optuna_study, figure, graph_object_id=identity)
+    save_plotly_graph_object(store.optuna_study, figure, graph_object_id=identity)
 
 
 def save_png(store: StudyStore, path: Path) -> None:
-    """Draw both figures, and the scores over training, into one PNG.
+    """Draw weight curves, map and scores over training into one PNG.
 
     Raises:
         NothingFinished: no trial has run to its end.
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = store.rows()
+    study, rows = store.study, store.rows()
     if not ranked(rows):
         raise NothingFinished(f"study {store.name!r} has no finished trial to draw yet")
-    figure = Figure(figsize=(16, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
-    _draw_curves(left, rows)
-    _draw_map(middle, store.study, rows)
-    _draw_scores(right, rows, store.study.metric)
-    figure.suptitle(_title(store, rows))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+    def draw(figure: plots.Figure) -> None:
+        left, middle, right = figure.subplots(1, 3)
+        plots.draw_curves(left, rows)
+        plots.draw_map(middle, study, rows)
+        plots.draw_traces(right, study, rows)
+        figure.suptitle(_title(study, rows))
+
+    write_bytes_atomically(path, plots.png(_SIZE, draw))
 
 
-def _title(store: StudyStore, rows: list[Row]) -> str:
+def _title(study: Study, rows: list[Row]) -> str:
     floor = noise_floor(rows)
     noise = "noise floor not measured" if floor is None else f"sd between training seeds {floor.sd:.2g}"
-    return f"{store.name}: {store.study.metric}, {noise}"
+    return f"{study.name}: {study.metric}, {noise}"
 
 
-def _name(row: Row) -> str:
-    return f"trial {row.number}" if row.is_search else row.role.removeprefix("control:").replace("_", " ")
+# -- plotly
 
 
-def _plotly_curves(store: StudyStore, rows: list[Row]) -> Any:
-    from plotly import graph_objects
-
-    figure = graph_objects.Figure(layout=_layout("Weight curves (shares): " + _title(store, rows), "branch", "share"))
-    for index, curve in enumerate(curves(rows)):
+def _curves(study: Study, rows: list[Row]) -> Any:
+    figure, colors = _figure("Weight curves (shares): " + _title(study, rows), "branch", "share"), Colors(rows)
+    for curve in marks.curves(rows):
         figure.add_scatter(
             x=list(range(1, len(curve.shares) + 1)), y=list(curve.shares), name=curve.label, mode="lines+markers",
-            line={"dash": "dash" if curve.is_control else "solid", "color": _COLORS[index % len(_COLORS)]},
+            line=_line(curve.is_control, colors[curve.name]),
         )  # fmt: skip
     figure.update_xaxes(dtick=1)
     return figure
 
 
-def _plotly_map(store: StudyStore, rows: list[Row]) -> Any:
-    from plotly import graph_objects
-
-    drawn, (x, y) = points(store.study, rows), map_axes(store.study)
-    figure = graph_objects.Figure(layout=_layout(f"Map of {x} and {y}: {_title(store, rows)}", x, y))
+def _map(study: Study, rows: list[Row]) -> Any:
+    drawn, (x, y) = points(study, rows), map_axes(study)
+    figure = _figure(f"Map of {x} and {y}: {_title(study, rows)}", x, y)
+    ended = [p for p in drawn if p.value is not None]
+    stopped = [p for p in drawn if p.value is None and p.y is not None]
+    values = [p.value for p in drawn if p.value is not None]
+    ends = {"cmin": min(values), "cmax": marks.scale_end(values)} if values else {}
     figure.add_scatter(
-        x=[p.x for p in drawn], y=[p.y for p in drawn], mode="markers+text",
-        text=[f"{p.value:.3g}" for p in drawn], textposition="top center", showlegend=False,
-        hovertext=[f"{p.label}{' (pruned)' if p.pruned else ''}: {p.value:.4g}" for p in drawn],
+        x=[p.x for p in ended], y=[p.y for p in ended], mode="markers+text", text=[f"{p.value:.3g}" for p in ended],
+        textposition="top center", hovertext=[f"{p.label}: {p.value:.4g}" for p in ended], showlegend=False,
         marker={
-            "color": [p.value for p in drawn], "colorscale": "Viridis", "size": 12, "showscale": True,
-            "colorbar": {"title": {"text": store.study.metric}},
-            "symbol": ["x" if p.pruned else "diamond" if p.is_control else "circle" for p in drawn],
+            "color": values, "colorscale": "Viridis", "size": 12, **ends,
+            "symbol": ["diamond" if p.is_control else "circle" for p in ended],
+            "showscale": True, "colorbar": {"title": {"text": study.metric}},
         },
     )  # fmt: skip
-    figure.add_annotation(
-        text="○ searched  × pruned, at its last value  ◇ control", showarrow=False, xref="paper", yref="paper",
-        x=0, y=1.06, xanchor="left",
+    figure.add_scatter(
+        x=[p.x for p in stopped], y=[p.y for p in stopped], mode="markers", name="stopped early", showlegend=True,
+        hovertext=[p.label for p in stopped], marker={"color": marks.OTHER, "symbol": "x-thin-open", "size": 9},
     )  # fmt: skip
+    note = "◇ control"
+    if flat := marks.flat_axis(study):
+        across, along = ("xaxis", "yaxis") if flat == y else ("yaxis", "xaxis")
+        dashed = {"showgrid": True, "griddash": "dash", "gridcolor": marks.OTHER}
+        figure.update_layout({across: dashed, along: {"showgrid": False}})
+        note += f" · dashed lines: equal shares, {flat} is flat"
+    figure.update_layout(legend={"orientation": "h", "y": -0.2})
+    figure.add_annotation(text=note, showarrow=False, xref="paper", yref="paper", x=0, y=1.07, xanchor="left")
     return figure
 
 
-def _layout(title: str, x: str, y: str) -> dict[str, Any]:
-    return {
+def _training(study: Study, rows: list[Row]) -> Any:
+    figure, colors = _figure(f"{study.metric} over training: {_title(study, rows)}", "kimg", study.metric), Colors(rows)
+    found = marks.traces(study, rows)
+    if (noise := marks.band(rows)) is not None:
+        cut = len(noise.steps) - any(trace.detached for trace in found)
+        steps, lows, highs = noise.steps[:cut], noise.lows[:cut], noise.highs[:cut]
+        figure.add_scatter(
+            x=[*steps, *reversed(steps)], y=[*highs, *reversed(lows)], fill="toself",
+            mode="lines", line={"width": 0}, fillcolor=colors[noise.name], opacity=0.25, hoverinfo="skip",
+            name=f"{noise.name}, ± 2 sd of a single run",
+        )  # fmt: skip
+    for trace in found:
+        color = colors[trace.name] if trace.is_named else marks.OTHER
+        x, y = list(trace.steps), list[float | None](trace.values)
+        if trace.detached:  # a gap: the last score is of more samples
+            x.insert(-1, x[-1])
+            y.insert(-1, None)
+        figure.add_scatter(
+            x=x, y=y, name=trace.name, showlegend=trace.is_named, line=_line(trace.is_control, color),
+            mode="lines+markers", opacity=1.0 if trace.is_named else 0.5,
+            marker={"symbol": "x" if trace.is_pruned else "circle"},
+        )  # fmt: skip
+    if marks.log_is_better(value for trace in found for value in trace.values):
+        figure.update_yaxes(type="log")
+    return figure
+
+
+def _forest(comparison: Comparison, colors: Colors) -> Any:
+    """One line for each candidate and control. Scales are shared here: the dashboard can zoom."""
+    metric = comparison.study.metric
+    figure = _figure(f"{comparison.study.name}: {comparison.verdict}", f"gain in {metric} on the same seed", "")
+    for effect in reversed(marks.effects(comparison)):
+        interval, color = effect.interval, colors[effect.candidate]
+        label = f"{effect.candidate} against {effect.control}"
+        bars = {"array": [interval.high - interval.mean], "arrayminus": [interval.mean - interval.low], "color": color}
+        figure.add_scatter(
+            x=[interval.mean], y=[label], mode="markers", showlegend=False, hovertext=f"mean of {interval.count}",
+            error_x=bars if interval.count > 1 else None, marker={"color": color, "symbol": "diamond", "size": 11},
+        )  # fmt: skip
+        figure.add_scatter(
+            x=list(effect.by_seed), y=[label] * len(effect.by_seed), mode="markers", showlegend=False,
+            marker={"color": color, "symbol": "circle-open", "size": 7},
+        )  # fmt: skip
+    figure.add_vline(x=0, line={"width": 1})
+    figure.update_yaxes(automargin=True)
+    return figure
+
+
+def _figure(title: str, x: str, y: str) -> Any:
+    from plotly import graph_objects
+
+    layout = {
         "template": None, "title": {"text": title, "font": {"size": 14}}, "height": 460,
         "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}},
     }  # fmt: skip
+    return graph_objects.Figure(layout=layout)
 
 
-def _draw_curves(axes: Any, rows: list[Row]) -> None:
-    for curve, color in zip(curves(rows), _COLORS, strict=False):
-        style = "--" if curve.is_control else "-"
-        branches = range(1, len(curve.shares) + 1)
-        axes.plot(branches, curve.shares, style, marker="o", label=curve.label, color=color)
-    axes.set(title="weight curves", xlabel="branch", ylabel="share", xticks=list(branches))
-    axes.legend(fontsize=8)
-
-
-def _draw_map(axes: Any, study: Study, rows: list[Row]) -> None:
-    drawn, (x, y) = points(study, rows), map_axes(study)
-    if not drawn:
-        axes.set(title=f"map of {x} and {y}: no points yet")
-        return
-    low, high = min(p.value for p in drawn), max(p.value for p in drawn)
-    for marker, kind in (("o", "searched"), ("x", "pruned"), ("D", "control")):
-        group = [p for p in drawn if _kind(p) == kind]
-        if not group:
-            continue
-        dots = axes.scatter(
-            [p.x for p in group], [p.y for p in group], c=[p.value for p in group], marker=marker, s=60,
-            cmap="viridis", vmin=low, vmax=high, label=kind,
-        )  # fmt: skip
-    for p in drawn:
-        axes.annotate(f"{p.value:.3g}", (p.x, p.y), textcoords="offset points", xytext=(4, 5), fontsize=7)
-    axes.figure.colorbar(dots, ax=axes, label=study.metric)
-    axes.set(title=f"map of {x} and {y}; pruned trials at their last value", xlabel=x, ylabel=y)
-    axes.legend(fontsize=8)
-
-
-def _kind(point: Point) -> str:
-    return "control" if point.is_control else "pruned" if point.pruned else "searched"
-
-
-def _draw_scores(axes: Any, rows: list[Row], metric: str) -> None:
-    colors = {curve.number: color for curve, color in zip(curves(rows), _COLORS, strict=False)}
-    for row in rows:
-        if not row.intermediate:
-            continue
-        steps = sorted(row.intermediate)
-        highlighted = row.number in colors
-        axes.plot(
-            steps, [row.intermediate[step] for step in steps], "--" if row.is_control else "-",
-            marker="x" if row.state == "PRUNED" else ".", color=colors.get(row.number, "0.75"),
-            label=_name(row) if highlighted else None, zorder=2 if highlighted else 1,
-        )  # fmt: skip
-    axes.set(title="score while training", xlabel="kimg", ylabel=metric, yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.legend(fontsize=8)
+def _line(is_control: bool, color: str) -> dict[str, str]:
+    return {"dash": "dash" if is_control else "solid", "color": color}

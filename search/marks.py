@@ -1,0 +1,268 @@
+"""What pictures of a study show, decided once for every drawing library: curves, points, traces, dots, effects.
+
+A weighting has one name and one colour in all of them, whether it is a trial, a control or an arm of a comparison.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+
+from search.comparison import ArmResult, Comparison
+from search.noise import noise_floor, ranked, rival
+from search.records import CONTROL, Row
+from search.space import free_axes
+from search.spec import Study
+from search.statistics import Interval, paired
+
+NUM_CURVES = 3
+"""So many of the best searched trials are drawn beside the controls."""
+OTHER = "#8a8f98"
+"""Whatever is not named by colour."""
+
+# Okabe and Ito's palette for the colour-blind (https://jfly.uni-koeln.de/color/), with two further colours at each end;
+# its black and yellow vanish on a dark or a white page.
+_SEARCHED = ("#0072b2", "#56b4e9", "#e69f00", "#8c6d1f", "#7f3c8d")
+_CONTROLS = {
+    "endpoint only": "#d55e00", "uniform": "#009e73", "paper": "#cc79a7", "gate": "#b8a100", "meta": "#8c6bb1",
+}  # fmt: skip
+_BAND_SDS = 2.0
+"""Half the width of a noise band: of single runs that differ by their seed alone, 19 in 20 lie in it."""
+
+
+# -- names and colours
+
+
+def readable(name: str) -> str:
+    """The name of a control or of an arm in words: `endpoint only`, `trial 12`."""
+    return name.replace("_", " ").replace("-", " ")
+
+
+def name_of(row: Row) -> str:
+    """What a row's weighting is called in pictures and sentences."""
+    return f"trial {row.number}" if row.is_search else readable(row.arm or row.role.removeprefix(CONTROL))
+
+
+class Colors:
+    """A colour for each weighting: the best searched trials by rank, the controls by name, grey for all others."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        best = [name_of(row) for row in ranked(rows, searched_only=True)]
+        self._of = dict(zip(best, _SEARCHED, strict=False)) | _CONTROLS
+
+    def __getitem__(self, name: str) -> str:
+        return self._of.get(name, OTHER)
+
+
+# -- one study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Shares of one weighting's branches, first to last; where they change over training, their mean."""
+
+    number: int
+    name: str
+    value: float
+    shares: tuple[float, ...]
+    is_control: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}: {self.value:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One trial on the map: in the plane of two axes, or above a single one.
+
+    Attributes:
+        value: the final value; None for a trial that was stopped early, whose last score is of another budget.
+        y: None on a map of one axis where there is no final value.
+    """
+
+    x: float
+    y: float | None
+    value: float | None
+    label: str
+    is_control: bool
+
+    @property
+    def pruned(self) -> bool:
+        return self.value is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One trial's scores over training, on its first training seed.
+
+    Attributes:
+        detached: the last score is of another protocol (more samples), so no line leads to it.
+    """
+
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    is_named: bool
+    is_control: bool
+    is_pruned: bool
+    detached: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Where a control's single runs lie, by kimg: its mean over training seeds, and two noise sd to either side."""
+
+    name: str
+    steps: tuple[int, ...]
+    means: tuple[float, ...]
+    lows: tuple[float, ...]
+    highs: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """One control's final scores: by training seed, and of its first student by evaluation seed (its own first)."""
+
+    name: str
+    training: tuple[float, ...]
+    evaluation: tuple[float, ...]
+
+
+def named(rows: list[Row]) -> list[Row]:
+    """The best searched trials and every control, best first: what pictures call by name."""
+    best = {row.number for row in ranked(rows, searched_only=True)[:NUM_CURVES]}
+    return [row for row in ranked(rows) if row.is_control or row.number in best]
+
+
+def curves(rows: list[Row]) -> list[Curve]:
+    """The weights of all that is named, best first; but those that are learned in training."""
+    return [
+        Curve(number=row.number, name=name_of(row), value=row.value, shares=row.shares, is_control=row.is_control)
+        for row in named(rows)
+        if row.value is not None and row.rule == "fixed"
+    ]
+
+
+def map_axes(study: Study) -> tuple[str, str]:
+    """What the map shows along x and y: the first two searched axes, or a single one and the metric."""
+    axes = list(free_axes(study.spec.axes) or study.spec.axes)
+    return (axes[0], axes[1]) if len(axes) > 1 else (axes[0], study.metric)
+
+
+def flat_axis(study: Study) -> str | None:
+    """The axis of the map along which all shares are equal, if there is one."""
+    return next((axis for axis in map_axes(study) if axis in study.spec.space.scale_axes), None)
+
+
+def points(study: Study, rows: list[Row]) -> list[Point]:
+    """Every finished or pruned trial that has a place on the map."""
+    x, y = map_axes(study)
+    found = []
+    for row in rows:
+        if row.value is None or not {x, y} <= {*row.params, study.metric}:
+            continue
+        value = row.value if row.state == "COMPLETE" else None
+        found.append(
+            Point(x=row.params[x], y=row.params.get(y, value), value=value, label=name_of(row),
+                  is_control=row.is_control)
+        )  # fmt: skip
+    return found
+
+
+def traces(study: Study, rows: list[Row]) -> list[Trace]:
+    """The scores of every trial that has any; the best and the controls are named."""
+    numbers = {row.number for row in named(rows)}
+    early = study.evaluation.early_samples if study.evaluation else None
+    is_other = early is not None and study.evaluation is not None and early != study.evaluation.n_samples
+    found = []
+    for row in rows:
+        if steps := tuple(sorted(row.intermediate)):
+            found.append(
+                Trace(
+                    name=name_of(row), steps=steps, values=tuple(row.intermediate[step] for step in steps),
+                    is_named=row.number in numbers, is_control=row.is_control, is_pruned=row.state == "PRUNED",
+                    detached=is_other and steps[-1] == study.steps[-1],
+                )
+            )  # fmt: skip
+    return found
+
+
+def band(rows: list[Row]) -> Band | None:
+    """The noise around the best control wherever it is known; None where no control has two training seeds."""
+    row = rival(rows)
+    floors = {step: noise_floor(rows, step) for step in sorted(row.intermediate)} if row else {}
+    known = {step: floor for step, floor in floors.items() if floor is not None}
+    if row is None or not known:
+        return None
+    means = tuple(mean(row.over_seeds(step).values()) for step in known)
+    half = [_BAND_SDS * floor.sd for floor in known.values()]
+    return Band(
+        name=name_of(row), steps=tuple(known), means=means,
+        lows=tuple(m - h for m, h in zip(means, half, strict=True)),
+        highs=tuple(m + h for m, h in zip(means, half, strict=True)),
+    )  # fmt: skip
+
+
+def repeats(rows: list[Row]) -> list[Repeats]:
+    """The fixed controls that ran on several seeds, best first: what the noise floor is of."""
+    return [
+        Repeats(
+            name=name_of(row), training=tuple(row.by_seed.values()),
+            evaluation=(row.intermediate[row.last_step], *row.evaluations) if row.evaluations else (),
+        )
+        for row in ranked(rows)
+        if row.is_control and row.rule == "fixed" and row.last_step is not None
+        if len(row.by_seed) > 1 or row.evaluations
+    ]  # fmt: skip
+
+
+# -- comparisons
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What a candidate gains over a control: the mean of the differences by seed, its interval, and each of them."""
+
+    candidate: str
+    control: str
+    interval: Interval
+    by_seed: tuple[float, ...]
+
+
+def effects(comparison: Comparison) -> list[Effect]:
+    """Every candidate against every control that it shares seeds with, by control, best first; positive is better."""
+    candidates = [arm for arm in comparison.arms if not arm.is_control]
+    return [
+        Effect(
+            candidate=readable(arm.name), control=readable(control.name), interval=gain.interval,
+            by_seed=_paired(control, arm),
+        )
+        for control in comparison.arms
+        if control.is_control
+        for arm in candidates
+        for gain in arm.gains
+        if gain.control == control.name and gain.interval.count
+    ]  # fmt: skip
+
+
+def _paired(control: ArmResult, arm: ArmResult) -> tuple[float, ...]:
+    return tuple(control.by_seed[seed] - value for seed, value in arm.by_seed.items() if seed in control.by_seed)
+
+
+def gain_over(comparison: Comparison, name: str, control: str) -> Interval | None:
+    """What an arm, which may be a control too, gains over a control on the same seeds; None where they share none."""
+    by_seed = {arm.name: arm.by_seed for arm in comparison.arms}
+    found = paired(by_seed.get(control, {}), by_seed.get(name, {}))
+    return found if found.count else None
+
+
+def scale_end(values: list[float]) -> float:
+    """Where colours end: one bad trial in a corner shall not leave a single colour to all others."""
+    return sorted(values)[round(0.8 * (len(values) - 1))]
+
+
+def log_is_better(values: Iterable[float]) -> bool:
+    """Whether a logarithmic axis shows these values better: positive, and half an order of magnitude apart."""
+    known = [value for value in values if math.isfinite(value)]
+    return bool(known) and min(known) > 0 and max(known) / min(known) > 3
