@@ -177,7 +177,7 @@ def our_loop(setup: Setup, teacher_file: HashedFile, name: str, folder: Path) ->
             for _ in distillation.targets.fill(iteration):
                 pass
         # A trial that finds its targets never loads the teacher.
-        vars(distillation.targets).pop("_teacher", None)
+        distillation.targets.teacher.release()
 
     def advance() -> None:
         for _ in range(setup.iterations):

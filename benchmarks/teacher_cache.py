@@ -28,7 +28,7 @@ def training_seconds(kimg: int, cache_root: Path) -> float:
         studies_folder() / "digits.yaml",
         overrides=(f"method.budget_kimg={kimg}", "evaluation.n_samples=65", "budget.every_kimg=1000"),
     )
-    weights = study.controls()["paper"]
+    weights = study.controls()["paper"].weights
     events = study.spec.method.run(study.task(weights, 0, cache_root=cache_root))
     begin = time.perf_counter()
     next(event for event in events if isinstance(event, Score))
