@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from bdense_core.errors import BadValue, BDenseError
-from search import logs, model_cli, operations_cli, run_cli
+from search import compare_cli, export_cli, logs, model_cli, operations_cli, report_cli, run_cli
 from search.console import (
     check_folder,
     format_option,
@@ -21,9 +21,8 @@ from search.console import (
     storage_comment,
     storage_option,
     study_option,
+    typed_again,
     width,
-    write,
-    yaml_text,
 )
 from search.logs import say
 from search.settings import mask
@@ -123,33 +122,16 @@ def launch(
         metrics_port=metrics_port,
     )
     if outcome.interrupted:
-        again = " ".join([_program(), *(_shown(argument) for argument in sys.argv[1:])]) + storage_comment(storage)
+        again = typed_again(storage)
         say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
         sys.exit(_INTERRUPTED)
     _print_study(outcome.store, form)
     say("")
     if storage is None:
         say("look again: bdense-weights dashboard")
-    say(f"export the best weights: {_export_command(study.name, storage)}")
-
-
-@commands.command()
-@study_option
-@storage_option
-@click.option("--top", default=3, show_default=True, type=click.IntRange(min=1), help="Candidates in the file.")
-@format_option("json", "yaml")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="A file; default: standard output.")
-def export(name: str, storage: str | None, top: int, form: str, output: Path | None) -> None:
-    """Print the best weights of a study, with all that is needed to use and to trust them."""
-    from search.export import export_object
-
-    content = export_object(_open(name, storage), top=top)
-    text = yaml_text(content) if form == "yaml" else json.dumps(content, indent=2) + "\n"
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    write(output, text)
-    say(f"wrote {output}")
+    if study.spec.comparison is None:
+        say(f"on fresh seeds:          {_next_command('confirm', study.name, storage)}")
+        say(f"export the best weights: {_next_command('export', study.name, storage)}")
 
 
 @commands.command(name="list")
@@ -252,8 +234,9 @@ def server(action: str) -> None:
         click.echo(f"running: {state.running}\ndata: {state.data_folder}\nlog: {state.log_path}")
 
 
-for _command in (*operations_cli.COMMANDS, *model_cli.COMMANDS, *run_cli.COMMANDS):
-    commands.add_command(_command)
+for _module in (compare_cli, export_cli, report_cli, operations_cli, model_cli, run_cli):
+    for _command in _module.COMMANDS:
+        commands.add_command(_command)
 
 
 def main(
@@ -306,38 +289,36 @@ def _open(name: str, storage: str | None) -> "StudyStore":
 
 
 def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
-    from search import report
+    from search import comparison, noise, report
 
     rows = store.rows()
     if form == "json":
         click.echo(json.dumps(report.show_object(store, rows), indent=2))
         return
+    if store.study.spec.comparison is not None:
+        found = comparison.compare(store.study, rows)
+        print_table(comparison.table(found))
+        click.echo(found.verdict)
+        return
     print_table(report.trial_table(store, rows, top=None if full else 5, wide=width() >= _WIDE))
-    print_table(report.spread_table(rows))
-    click.echo(report.verdict(rows))
+    print_table(report.spread_table(store.study, rows))
+    click.echo(noise.verdict(store.study, rows))
     for note in report.notes(store, rows):
         click.echo(f"note: {note}")
-    if full and (best := report.ranked(rows, searched_only=True)):
+    if full and (best := noise.ranked(rows, searched_only=True)):
         print_table(report.curve_table(best[0]))
+        print_table(report.rung_table(store.study, rows))
 
 
-def _program() -> str:
-    return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
-
-
-def _export_command(study: str, storage: str | None) -> str:
+def _next_command(name: str, study: str, storage: str | None) -> str:
     """As this user can type it; `storage` is the option that was given."""
     program = "bdense-weights"
     if shutil.which(program) is None:
         program = shlex.quote(str(Path(sys.executable).parent / program))
-    command = f"{program} export --study {shlex.quote(study)}"
+    command = f"{program} {name} --study {shlex.quote(study)}"
     if storage is not None and mask(storage) == storage:
         command += f" --storage {shlex.quote(storage)}"
     return command + storage_comment(storage)
-
-
-def _shown(argument: str) -> str:
-    return shlex.quote(mask(argument) if "://" in argument else argument)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,13 @@ def storage_comment(storage: str | None) -> str:
     if storage is None or mask(storage) == storage:
         return ""
     return f"  # with OPTUNA_STORAGE set to {mask(storage)}"
+
+
+def typed_again(storage: str | None) -> str:
+    """This very command, for typing it again."""
+    program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    arguments = (shlex.quote(mask(argument) if "://" in argument else argument) for argument in sys.argv[1:])
+    return " ".join([program, *arguments]) + storage_comment(storage)
 
 
 def print_values(content: dict[str, Any], form: str) -> None:

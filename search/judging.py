@@ -15,15 +15,13 @@ from bdense_core.errors import BadValue, BDenseError, CheckpointError
 from bdense_core.evaluation import Metric, reference_statistics
 from bdense_core.features import load_features
 from bdense_core.files import write_atomically
-from bdense_core.images import write_grid, write_pngs
+from bdense_core.images import readable, write_grid, write_pngs
 from bdense_core.networks import Denoiser
 from bdense_core.sampling import Sampler, draw, sampler_of, teacher_sampler
 from bdense_core.task import Evaluation
 from search.model_files import check_reference, features_name, find, is_teacher
 from search.progress import Meter
 
-_READABLE = 32
-"""Pixels of an image in a grid, at least."""
 _SAMPLES = 50_000
 """As everybody's FID."""
 
@@ -57,8 +55,7 @@ def draw_samples(
     if npz is not None:
         pixels = images.permute(0, 2, 3, 1).numpy()
         _write_npz(npz, pixels)
-    scale = scale or max(1, _READABLE // images.shape[-1])
-    large = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    large = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3) if scale else readable(images)
     write_grid(large, output, columns or math.ceil(math.sqrt(count)))
     return sampler.nfe
 

@@ -13,7 +13,7 @@ from search.logs import say
 
 _path = click.Path(path_type=Path)
 dataset_option = click.option(
-    "--dataset", required=True, help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, or digits."
+    "--dataset", required=True, help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, digits or digits16."
 )
 name_option = click.option("--name", metavar="NAME", help="What study files call it; default: the file's.")
 
@@ -80,7 +80,7 @@ def import_features(file: Path, name: str | None, form: str) -> None:
 
 
 @click.command()
-@click.option("--dataset", help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, or digits.")
+@click.option("--dataset", help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, digits or digits16.")
 @click.option("--statistics", type=_path, help="Instead: a published .npz of mu and sigma, as EDM's and clean-fid's.")
 @click.option("--images", type=click.IntRange(min=2), help="With --statistics: how many images they are of.")
 @click.option("--features", required=True, help="A feature network's name or file.")

@@ -160,7 +160,7 @@ def _weights(study: "Study", a: float | None, b: float | None, weights: str | No
     given = sum(value is not None for value in (a, weights, control))
     if given != 1 or (a is None) != (b is None):
         raise BadValue("give the weights in one way: --a A --b B, or --weights W1,...,WK, or --control NAME")
-    num_branches, controls = study.num_branches, study.controls()
+    num_branches, controls = study.num_branches, {name: arm.weights for name, arm in study.controls().items()}
     if control is not None:
         if control not in controls:
             raise BadValue(f"there is no control {control!r}; known are {', '.join(controls)}")
