@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -224,11 +225,24 @@ class _StopWhen(tune.Stopper):
         return (_StopWhen, (bool,))
 
 
-class _Tick(tune.Callback):
-    """Tells the service of each step of Ray Tune. Pickled without what it calls."""
+class _Tick(TrialProgressCallback):
+    """Tells the service of each step of Ray Tune. Pickled without what it calls.
+
+    It stands where Ray Tune puts a callback of its own, which tells of results and keeps every trial in memory.
+    """
 
     def __init__(self, tick: Callable[[], object]) -> None:
+        super().__init__()
         self._tick = tick
+
+    def on_trial_result(self, *_: Any, **info: Any) -> None:
+        """Nothing, as for the other two: the scheduler is told."""
+
+    def on_trial_error(self, *_: Any, **info: Any) -> None:
+        """Nothing."""
+
+    def on_trial_complete(self, *_: Any, **info: Any) -> None:
+        """Nothing."""
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._tick()

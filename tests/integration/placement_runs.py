@@ -4,6 +4,7 @@ Each prints what happened as one JSON object. The conductor's part is played by 
 becomes of them.
 """
 
+import gc
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from search import ray_environment
 ray_environment.prepare(None)
 
 import ray  # noqa: E402
+from ray.tune.experiment import Trial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
@@ -215,9 +217,16 @@ def short_trials(folder: Path) -> dict[str, Any]:
     """A node of 8 places, where a process takes longer to start than a trial to run; Ray Tune is to keep few trials."""
     placement._MOST_TRIALS = 20
     script = Script(ResourcesSection(cpus=0.25), [{"steps": 1, "seconds": 0.5}] * 100)
+    alive: list[int] = []
+
+    def count() -> None:
+        if len(script.numbers) == 100 and not alive:
+            alive.append(sum(type(thing) is Trial for thing in gc.get_objects()))
+
+    script.each_step = count
     with placement.cluster(None, num_cpus=2):
         script.run(folder)
-    return {"results": script.results, "lost": script.lost, "most_kept": script.most_kept}
+    return {"results": script.results, "lost": script.lost, "most_kept": script.most_kept, "alive": alive[0]}
 
 
 def one_after_the_other(folder: Path) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def test_short_trials_share_the_processes_that_there_are(tmp_path: Path) -> None
     assert answer["lost"] == []
     assert len({result["pid"] for result in answer["results"]}) <= 2 * 8
     assert answer["most_kept"] <= 20 + 8
+    assert answer["alive"] <= 20 + 3 * 8, "nothing else keeps the others"
 
 
 def test_a_process_starts_one_local_ray_after_the_other(tmp_path: Path) -> None:
