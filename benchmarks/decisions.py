@@ -93,7 +93,8 @@ def decide(study: Study, case: Case, seed: int) -> Decision:
     best = noise.ranked(searched, searched_only=True)[:TOP]
     arms = [Arm(name=f"trial-{row.number}", weights=row.weights, trial=row.number) for row in best]
     every = [arm.model_dump() for arm in (*arms, *study.controls().values())]
-    confirmation = study.edited({"comparison": {"kind": "confirm", "of": study.name, "arms": every, "seeds": FRESH}})
+    about = {"kind": "confirm", "of": study.name, "of_created": "", "target": study.name}
+    confirmation = study.edited({"comparison": {**about, "arms": every, "seeds": FRESH}})
     runs = [
         _row(confirmation, number, role, arm.weights, {seed: lab.score(arm.name, arm.weights, seed) for seed in seeds})
         for number, (role, seeds, arm) in enumerate(confirmation.fixed_runs())

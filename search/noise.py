@@ -59,7 +59,7 @@ def rival(rows: list[Row]) -> Row | None:
     Raises:
         UnlikeProtocols: values of the rows were not measured alike.
     """
-    return min(_fixed_controls(rows), key=lambda row: mean(row.by_seed.values()), default=None)
+    return min(_fixed_controls(rows), key=lambda row: mean(row.by_seed.values() or (row.value or 0.0,)), default=None)
 
 
 def _fixed_controls(rows: list[Row]) -> list[Row]:

@@ -226,8 +226,8 @@ def undisturbed(user: User, keys: tuple[str, ...]) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     values = {}
-    for name, weights in study.controls().items():
-        *_, last = distill(study.spec.method, study.task(weights, 0, cache_root=user.home / "cache"))
+    for name, arm in study.controls().items():
+        *_, last = distill(study.spec.method, study.task(arm.weights, 0, cache_root=user.home / "cache"))
         assert isinstance(last, Score)
         values[f"control:{name}"] = last.value
     torch.set_num_threads(threads)

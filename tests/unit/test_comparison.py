@@ -31,7 +31,7 @@ def study(seeds: tuple[int, ...] = SEEDS, **changed: dict[str, Any]) -> Study:
         {"name": name, "weights": weights, "is_control": not name.startswith("trial"), **changed.get(name, {})}
         for name, weights in WEIGHTS.items()
     ]
-    section = {"kind": "confirm", "of": "digits", "arms": arms, "seeds": seeds}
+    section = {"kind": "confirm", "of": "digits", "of_created": "", "target": "digits", "arms": arms, "seeds": seeds}
     return load_study(Path("synthetic.yaml")).edited({"method.num_branches": 3, "comparison": section})
 
 
