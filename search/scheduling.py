@@ -378,16 +378,20 @@ class CarryDecisions(_NotPickled, FIFOScheduler):
 
 
 def every(seconds: float, action: Callable[[], object], *, at_most: float = 1.0) -> Callable[[], None]:
-    """A callable that runs `action` at most once in so many seconds, and for `at_most` such a share of the time."""
-    due = 0.0
+    """A callable that runs `action` at most once in so many seconds, and for `at_most` such a share of the time.
+
+    What the first time takes longer, such as imports, does not count.
+    """
+    due = cost = 0.0
 
     def now_and_then() -> None:
-        nonlocal due
+        nonlocal due, cost
         begin = time.monotonic()
         if begin >= due:
             action()
             end = time.monotonic()
-            due = end + max(seconds, (end - begin) / at_most)
+            before, cost = cost, end - begin
+            due = end + max(seconds, min(before, cost) / at_most)
 
     return now_and_then
 
