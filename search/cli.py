@@ -13,6 +13,7 @@ import click
 from bdense_core.errors import BadValue, BDenseError
 from search import compare_cli, export_cli, logs, model_cli, operations_cli, report_cli, run_cli
 from search.console import (
+    INTERRUPTED,
     check_folder,
     format_option,
     load_settings,
@@ -30,7 +31,6 @@ from search.settings import mask
 if TYPE_CHECKING:
     from search.storage import Studies, StudyStore
 
-_INTERRUPTED = 130
 _WIDE = 138
 """Columns that a table of trials needs to show everything."""
 
@@ -124,7 +124,7 @@ def launch(
     if outcome.interrupted:
         again = typed_again(storage)
         say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     _print_study(outcome.store, form)
     say("")
     if storage is None:
@@ -254,7 +254,7 @@ def main(
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         say("interrupted")
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if _is_database_error(error):
             say(

@@ -11,6 +11,7 @@ import click
 from bdense_core.errors import BadValue
 from search import logs
 from search.console import (
+    INTERRUPTED,
     format_option,
     load_settings,
     print_table,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from search.spec import Study
     from search.storage import StudyStore
 
-_INTERRUPTED = 130
 
 _log_option = click.option(
     "--log-format", default="text", show_default=True, type=click.Choice(logs.FORMATS),
@@ -134,7 +134,7 @@ def _run(found: "list[Study]", settings: "Settings", storage: str | None, log_fo
                 f"interrupted; {outcome.given_back} running trial(s) went back into the queue. "
                 f"Resume with: {typed_again(storage)}"
             )
-            sys.exit(_INTERRUPTED)
+            sys.exit(INTERRUPTED)
         stores.append(outcome.store)
     return stores
 

@@ -13,6 +13,8 @@ import click
 from bdense_core.errors import BDenseError
 from search.settings import Settings, mask
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 _WITHOUT_TERMINAL = 160
 """Columns of a table in a file: room for all of it."""
 _HIDDEN = "BDENSE_HIDDEN_STORAGE"

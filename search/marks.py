@@ -173,8 +173,6 @@ def points(study: Study, rows: list[Row]) -> list[Point]:
 def traces(study: Study, rows: list[Row]) -> list[Trace]:
     """The scores of every trial that has any; the best and the controls are named."""
     numbers = {row.number for row in named(rows)}
-    early = study.evaluation.early_samples if study.evaluation else None
-    is_other = early is not None and study.evaluation is not None and early != study.evaluation.n_samples
     found = []
     for row in rows:
         if steps := tuple(sorted(row.intermediate)):
@@ -182,7 +180,7 @@ def traces(study: Study, rows: list[Row]) -> list[Trace]:
                 Trace(
                     name=name_of(row), steps=steps, values=tuple(row.intermediate[step] for step in steps),
                     is_named=row.number in numbers, is_control=row.is_control, is_pruned=row.state == "PRUNED",
-                    detached=is_other and steps[-1] == study.steps[-1],
+                    detached=study.early_is_other and steps[-1] == study.steps[-1],
                 )
             )  # fmt: skip
     return found

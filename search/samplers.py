@@ -205,16 +205,9 @@ class Grid(RandomSampler):
 
 def make_sampler(study: Study) -> BaseSampler:
     """The study file's sampler. What it knows is in the study: keeping it saves time and changes nothing."""
-    section, ended, is_other = study.spec.sampler, Ended(), _early_is_other(study)
+    section, ended = study.spec.sampler, Ended()
+    is_other = study.early_is_other  # TPE needs not know: it ranks pruned trials below all finished ones
     return DeclaredSpace(lambda seed: _inner(section, seed, ended, is_other), section.seed, _declared(study))
-
-
-def _early_is_other(study: Study) -> bool:
-    """Whether scores on the way, which pruned trials end with, are of other samples than final ones.
-
-    TPE needs not know: it ranks pruned trials below all finished ones, and among themselves at one kimg.
-    """
-    return study.evaluation is not None and study.evaluation.early_samples not in (None, study.evaluation.n_samples)
 
 
 def _inner(section: SamplerSection, seed: int, ended: Ended, early_is_other: bool) -> BaseSampler:

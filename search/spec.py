@@ -296,6 +296,11 @@ class Study:
         return report_steps(self.spec.method.budget_kimg, self.spec.budget.every_kimg)
 
     @property
+    def early_is_other(self) -> bool:
+        """Whether scores on the way, which pruned trials end with, are of other samples than final ones."""
+        return self.evaluation is not None and self.evaluation.early_samples not in (None, self.evaluation.n_samples)
+
+    @property
     def num_intervals(self) -> int:
         """Trained intervals of the student: what a `Schedule` may tell apart."""
         return self.spec.num_intervals
