@@ -1,6 +1,6 @@
 """One distillation as plain values: what to run, how to score it, and what it says on the way. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bdense_core.files import HashedFile
 from bdense_core.protocol import UINT8, Protocol
@@ -45,6 +45,8 @@ class Task:
     rule: Rule = "fixed"
     """Whether the run learns its weights, beginning with `weights`."""
     teacher: HashedFile | None
+    dataset: str | None = None
+    """A name or a path for `data.load`, of a method that trains on data."""
     evaluation: Evaluation | None
     evaluation_seeds: tuple[int, ...] = ()
     """Further evaluation seeds that the trained student is scored on: the spread of the metric itself."""
@@ -103,6 +105,8 @@ class Score:
     None: not measured."""
     evaluations: tuple[float, ...] = ()
     """On the last score: the metric on each of `Task.evaluation_seeds`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """On the last score: further figures of the trained student, by the names that the method gives them."""
     samples: bytes | None = None
     """On the last score: `Task.num_shown` images on the evaluation's first noise, and the teacher's below, as a PNG."""
     shares: tuple[float, ...] = ()

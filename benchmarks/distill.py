@@ -181,9 +181,9 @@ def our_loop(setup: Setup, teacher_file: HashedFile, name: str, folder: Path) ->
 
     def advance() -> None:
         for _ in range(setup.iterations):
-            for _ in distillation.targets.fill(distillation.iteration):
+            for _ in distillation.prepare():
                 pass
-            distillation.train(distillation.targets.batch(distillation.iteration))
+            distillation.advance()
 
     return advance
 

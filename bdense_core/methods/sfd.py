@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bdense_core.errors import BadValue
-from bdense_core.task import Event, Task
-from bdense_core.weights import PAPER_BEST, Rule, Weights, endpoint_only, log_linear, uniform
+from bdense_core.methods.base import Axis, Control
+from bdense_core.task import Event, Task, report_steps
+from bdense_core.weights import PAPER_BEST, Rule, endpoint_only, log_linear, uniform
 
 _ORDERS = {"dpmpp": (1, 3), "ipndm": (1, 4), "deis_tab": (1, 4)}
 """Of the solvers that have a choice."""
@@ -93,6 +94,15 @@ class SFD:
         return True
 
     @property
+    def needs_data(self) -> bool:
+        return False
+
+    @property
+    def num_intervals(self) -> int:
+        """All but the first, which the analytic step makes free."""
+        return self.nfe
+
+    @property
     def target_space(self) -> str:
         return "state"
 
@@ -101,14 +111,26 @@ class SFD:
         """Batches in the budget, the last one whole."""
         return -(-round(self.budget_kimg * 1000) // self.batch)
 
-    def controls(self) -> dict[str, Weights]:
+    def steps(self, every_kimg: int) -> tuple[int, ...]:
+        return report_steps(self.budget_kimg, every_kimg)
+
+    def controls(self) -> dict[str, Control]:
         """Plain SFD, equal weights, and the first row of the paper's Table 4."""
         k = self.num_branches
         return {
-            "endpoint_only": endpoint_only(k),
-            "uniform": uniform(k),
-            "paper": log_linear(*PAPER_BEST, k),
+            "endpoint_only": Control(weights=endpoint_only(k)),
+            "uniform": Control(weights=uniform(k)),
+            "paper": Control(weights=log_linear(*PAPER_BEST, k)),
         }
+
+    def axes(self) -> dict[str, Axis]:
+        return {
+            "lr": Axis(about="Adam's learning rate", low=1e-5, high=1e-3, log=True),
+            "lr_drop_at": Axis(about="share of the budget after which the rate falls to a tenth", low=0.25, high=1.0),
+        }
+
+    def metrics(self) -> dict[str, str]:
+        return {}
 
     def forward_units(self) -> tuple[float, float]:
         """Per trajectory: every teacher step, and three for each trained interval (spec 1.5)."""

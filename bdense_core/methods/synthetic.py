@@ -3,7 +3,8 @@
 For measuring and testing the service itself: the overhead of a trial, the accounting under faults, and what
 a search finds where the truth is known. The score is
 
-    optimum + curvature (p - p*)^2 + noise z(seed, weights) + evaluation_noise z'(evaluation seed, weights),
+    optimum + curvature ((p - p*)^2 + (shift - best_shift)^2) + 0.5 [flavour is bitter]
+        + noise z(seed, weights) + evaluation_noise z'(evaluation seed, weights),
 
 p being the share of the last branch, approached from above as the run goes on; its surrogate is the same without
 noise. With `Task.snapshots` an interrupted run goes on after its last score.
@@ -25,6 +26,7 @@ from typing import Literal
 
 from bdense_core.errors import BadValue
 from bdense_core.files import sha256_of, write_text_atomically
+from bdense_core.methods.base import Axis, Control
 from bdense_core.task import RESUMED, Event, Progress, Score, Task, report_steps
 from bdense_core.weights import Rule, Weights, endpoint_only, shares, uniform
 
@@ -44,6 +46,11 @@ class Synthetic:
     """Standard deviation of a score over training seeds, and over weightings on one seed."""
     evaluation_noise: float = 0.0
     """Standard deviation over evaluation seeds. There is no `Evaluation` here: a score's own seed counts as 0."""
+    shift: float = 0.0
+    """A setting that may be searched beside the weights."""
+    best_shift: float = 0.0
+    flavour: Literal["plain", "bitter"] = "plain"
+    """Another one."""
     seconds: float = 0.0
     """How long a run pretends to work."""
     fail_above_share: float = 1.1
@@ -60,8 +67,16 @@ class Synthetic:
         return False
 
     @property
+    def needs_data(self) -> bool:
+        return False
+
+    @property
     def nfe(self) -> int:
         return 0
+
+    @property
+    def num_intervals(self) -> int:
+        return 1
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -71,8 +86,23 @@ class Synthetic:
     def target_space(self) -> str:
         return "none"
 
-    def controls(self) -> dict[str, Weights]:
-        return {"endpoint_only": endpoint_only(self.num_branches), "uniform": uniform(self.num_branches)}
+    def steps(self, every_kimg: int) -> tuple[int, ...]:
+        return report_steps(self.budget_kimg, every_kimg)
+
+    def controls(self) -> dict[str, Control]:
+        return {
+            "endpoint_only": Control(weights=endpoint_only(self.num_branches)),
+            "uniform": Control(weights=uniform(self.num_branches)),
+        }
+
+    def axes(self) -> dict[str, Axis]:
+        return {
+            "shift": Axis(about="how far a parabola's argument is moved", low=0.0, high=1.0),
+            "flavour": Axis(about="bitter costs 0.5", choices=("plain", "bitter")),
+        }
+
+    def metrics(self) -> dict[str, str]:
+        return {"balance": "the share of all branches but the last"}
 
     def forward_units(self) -> tuple[float, float]:
         return 0.0, 0.0
@@ -85,7 +115,8 @@ class Synthetic:
 
     def truth(self, weights: Weights) -> float:
         """The score without noise."""
-        return self.optimum + self.curvature * (shares(weights)[-1] - self.best_share) ** 2
+        bend = (shares(weights)[-1] - self.best_share) ** 2 + (self.shift - self.best_shift) ** 2
+        return self.optimum + self.curvature * bend + (0.5 if self.flavour == "bitter" else 0.0)
 
     def run(self, task: Task) -> Generator[Event, None, None]:
         truth = self.truth(task.weights) if shares(task.weights)[-1] <= self.fail_above_share else math.nan
@@ -94,7 +125,8 @@ class Synthetic:
             trained + self.evaluation_noise * _normal(f"evaluation {seed}/{_weighting(task)}")
             for seed in (0, *task.evaluation_seeds)
         )
-        steps = report_steps(self.budget_kimg, task.every_kimg)
+        steps = self.steps(task.every_kimg)
+        balance = {"balance": 1 - shares(task.weights)[-1]}
         state = _State(Path(task.snapshots), self, task) if task.snapshots else None
         behind = state.step() if state else 0
         if behind:
@@ -105,9 +137,14 @@ class Synthetic:
                 if state and (note := state.keep(step)):
                     yield Progress(kimg=step, done=step / (steps[-1] + 1), phase="train", note=note)
             excess = 1 + 0.2 * (1 - step / steps[-1])
-            further = tuple(evaluations) if step == steps[-1] else ()
+            is_last = step == steps[-1]
             yield Score(
-                kimg=step, value=result * excess, done=step / steps[-1], surrogate=truth * excess, evaluations=further
+                kimg=step,
+                value=result * excess,
+                done=step / steps[-1],
+                surrogate=truth * excess,
+                evaluations=tuple(evaluations) if is_last else (),
+                metrics=balance if is_last else {},
             )
 
     def _work(self, step: int, seconds: float, end: int) -> Iterator[Event]:

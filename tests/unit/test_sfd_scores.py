@@ -10,7 +10,7 @@ from bdense_core.checkpoints import load_network, save_network
 from bdense_core.evaluation import Metric
 from bdense_core.files import HashedFile, sha256_of_file
 from bdense_core.images import read_image
-from bdense_core.loops import sfd_scores, sfd_targets
+from bdense_core.loops import scoring, sfd_scores, sfd_targets
 from bdense_core.loops.sfd_run import Distillation
 from bdense_core.methods.sfd import SFD
 from bdense_core.sampling import draw, sampler_of, teacher_sampler
@@ -62,7 +62,7 @@ def test_the_surrogate_is_the_mean_difference_of_the_students_and_the_teachers_i
 
 def test_no_more_than_256_images_are_compared(task, monkeypatch):
     """Here 10, which end in the middle of no batch and begin at the first image."""
-    monkeypatch.setattr(sfd_scores, "NUM_COMPARED", 10)
+    monkeypatch.setattr(scoring, "NUM_COMPARED", 10)
     few = scores(SHORT, task)[-1]
     short = make_evaluation(Path(task.output).parent, n_samples=10)
     assert few.surrogate == scores(SHORT, replace(task, evaluation=short))[-1].surrogate
@@ -110,8 +110,8 @@ def test_with_full_caches_the_teacher_is_never_loaded(task):
     again = Distillation(SHORT, task)
     with again.targets as targets:
         while not again.ended:
-            list(targets.fill(again.iteration))
-            again.train(targets.batch(again.iteration))
+            list(again.prepare())
+            again.advance()
         list(again.score())
         assert again.scores[0].surrogate is not None
         assert "_network" not in vars(targets.teacher)
