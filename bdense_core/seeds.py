@@ -34,8 +34,13 @@ def label_rows(seed: int, use: str, first: int, end: int, num_classes: int) -> T
     """Uniform one-hot classes of rows [first, end), [end - first, num_classes]; None where there are no classes."""
     if num_classes == 0:
         return None
-    classes = _rows(seed, use, first, end, lambda source: torch.randint(num_classes, (_BLOCK,), generator=source))
+    classes = index_rows(seed, use, first, end, num_classes)
     return torch.nn.functional.one_hot(classes, num_classes).float()
+
+
+def index_rows(seed: int, use: str, first: int, end: int, count: int) -> Tensor:
+    """Uniform whole numbers below `count` for rows [first, end) of one use of a seed, int64 [end - first]."""
+    return _rows(seed, use, first, end, lambda source: torch.randint(count, (_BLOCK,), generator=source))
 
 
 def evaluation_rows(
