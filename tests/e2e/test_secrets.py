@@ -186,9 +186,10 @@ class Watch:
             session = re.search(r"/tmp/ray/session_[^/\s]+", command.decode())
             self.sessions |= {Path(session[0])} if session else set()
         for folder in (self.home, *self.sessions):
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    self._search(f"the file {path}", _read(path))
+            for parent, _, names in os.walk(folder):  # unlike rglob it stands a folder that goes while it looks
+                for path in (Path(parent, name) for name in names):
+                    if path.is_file():
+                        self._search(f"the file {path}", _read(path))
 
     def _search(self, place: str, content: bytes) -> None:
         self.looked_at.add(place)
