@@ -29,7 +29,7 @@ def with_branches(network: Denoiser, num_branches: int) -> Denoiser:
 
 def without_branches(student: Denoiser) -> Denoiser:
     """The ordinary network of the last branch: what samples, of the teacher's size."""
-    channels = student.config.img_channels
+    channels = student.config.head_channels
     return _with_head(student, 1, lambda tensor: tensor[-channels:])
 
 

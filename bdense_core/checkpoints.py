@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from bdense_core.ddpm_weights import holds_weights, read_ddpm_weights
 from bdense_core.edm import read_edm_pickle
 from bdense_core.errors import CheckpointError, ConfigError
 from bdense_core.files import HashedFile, canonical_json, sha256_of_file, write_bytes_atomically
@@ -54,6 +55,27 @@ def load_network(file: HashedFile) -> Denoiser:
     return _with_state(config, state, file.path)
 
 
+def import_network(source: Path, destination: Path) -> HashedFile:
+    """Turn a published network into a network file: an EDM checkpoint or DDPM's weights, told apart by content.
+
+    Raises:
+        UnsafePickle, CheckpointError: as `import_edm` and `import_ddpm`.
+    """
+    return (import_ddpm if holds_weights(source) else import_edm)(source, destination)
+
+
+def import_ddpm(source: Path, destination: Path) -> HashedFile:
+    """Turn published weights of DDPM, as `bdense_core.ddpm_weights` knows them, into a network file.
+
+    Raises:
+        CheckpointError: they are missing, damaged or of another network, or the network file cannot be written.
+    """
+    read = read_ddpm_weights(source)
+    network = _with_state(read.config, read.state, str(source))
+    about = {"source": source.name, "source_sha256": read.sha256, "format": f"DDPM weights, {read.names} names"}
+    return save_network(network, destination, about)
+
+
 def import_edm(source: Path, destination: Path) -> HashedFile:
     """Turn a published EDM checkpoint, a pickle, into a network file. Nothing in the pickle is run.
 
@@ -61,8 +83,6 @@ def import_edm(source: Path, destination: Path) -> HashedFile:
         UnsafePickle: the pickle names something beyond the parts of an EDM network.
         CheckpointError: it is missing, damaged or incomplete, or the network file cannot be written.
     """
-    if source.suffix == ".safetensors":
-        raise CheckpointError(f"{source} is no pickle; a network of this project needs no import, name it as it is")
     read = read_edm_pickle(source)
     network = _with_state(read.config, read.state, str(source))
     about = {"source": source.name, "source_sha256": read.sha256, "format": f"EDM pickle, {read.class_name}"}

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self, get_args
 
 from bdense_core.errors import BadValue, UnknownKey
 
-Architecture = Literal["song", "dhariwal"]
-Preconditioning = Literal["edm", "vp", "ve"]
+Architecture = Literal["song", "dhariwal", "ddpm"]
+Preconditioning = Literal["edm", "vp", "ve", "x", "eps", "v", "both", "linear", "cosine"]
 EmbeddingType = Literal["positional", "fourier"]
 EncoderType = Literal["standard", "skip", "residual"]
 DecoderType = Literal["standard", "skip"]
@@ -29,8 +29,9 @@ class NetworkConfig:
         attn_resolutions: resolutions with self-attention; the first middle block has it anyway.
         label_dim: number of classes, 0 for an unconditional network.
         augment_dim: width of the augmentation vector, 0 for none.
-        label_dropout: chance that a label is replaced by zeros in training.
+        label_dropout: chance that a label is replaced by zeros (ddpm: by the null token) in training.
         num_branches: K, the number of output groups of the head.
+        norm_groups: groups of every group normalisation of ddpm; the others choose theirs by the width.
 
     Raises:
         BadValue: a value no network can be built from; the message names the key.
@@ -56,6 +57,7 @@ class NetworkConfig:
     resample_filter: tuple[int, ...] = (1, 1)
     sigma_data: float = 0.5
     num_branches: int = 1
+    norm_groups: int = 32
 
     def __post_init__(self) -> None:
         for key in ("channel_mult", "attn_resolutions", "resample_filter"):
@@ -93,10 +95,16 @@ class NetworkConfig:
                 f"network.num_branches is {self.num_branches}, but the skip decoder adds the outputs of "
                 "several levels and has no single head to repeat; use decoder_type standard"
             )
-        if self.architecture == "dhariwal":
-            for key, only in _DHARIWAL_ONLY.items():
-                if getattr(self, key) != only:
-                    raise BadValue(f"network.{key} is {getattr(self, key)!r}; the dhariwal architecture wants {only!r}")
+        for key, only in _FIXED[self.architecture].items():
+            if getattr(self, key) != only:
+                raise BadValue(
+                    f"network.{key} is {getattr(self, key)!r}; the {self.architecture} architecture wants {only!r}"
+                )
+        if self.architecture == "ddpm" and (self.model_channels % 2 or self.model_channels % self.norm_groups):
+            raise BadValue(
+                f"network.model_channels is {self.model_channels}; the ddpm architecture wants an even number that "
+                f"network.norm_groups ({self.norm_groups}) divides"
+            )
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -104,13 +112,22 @@ class NetworkConfig:
         return tuple(self.img_resolution >> level for level in range(len(self.channel_mult)))
 
     @property
+    def head_channels(self) -> int:
+        """Channels of one branch of the raw output F: C, or 2 C where image and noise are both predicted."""
+        return self.img_channels * (2 if self.preconditioning == "both" else 1)
+
+    @property
     def out_channels(self) -> int:
-        """Channels of the raw output F, K * C."""
-        return self.num_branches * self.img_channels
+        """Channels of the raw output F, K groups of `head_channels`."""
+        return self.num_branches * self.head_channels
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        """The configuration as plain JSON values.
+
+        Keys that came later are left out where they change nothing: older files stay reproducible to the byte.
+        """
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return {key: v for key, v in values.items() if key not in _LATER or v != _LATER[key]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -151,6 +168,11 @@ class NetworkConfig:
     def adm(cls, *, img_resolution: int, img_channels: int = 3, **overrides: Any) -> Self:
         """ADM with the sizes of ImageNet-64 (295.9M parameters with 1000 labels)."""
         return cls.from_dict({"img_resolution": img_resolution, "img_channels": img_channels, **_DHARIWAL} | overrides)
+
+    @classmethod
+    def ddpm(cls, *, img_resolution: int, img_channels: int = 3, **overrides: Any) -> Self:
+        """DDPM with its sizes at 32x32 (35.7M parameters on CIFAR-10; those of DASH's teacher with 10 labels)."""
+        return cls.from_dict({"img_resolution": img_resolution, "img_channels": img_channels, **_DDPM} | overrides)
 
     @classmethod
     def from_edm_kwargs(cls, class_name: str, kwargs: Mapping[str, Any]) -> Self:
@@ -197,14 +219,22 @@ _LOWEST_INT = {
     "num_blocks": 1,
     "channel_mult_noise": 1,
     "num_branches": 1,
+    "norm_groups": 1,
 }
-_DHARIWAL_ONLY: dict[str, Any] = {
+_LATER: dict[str, Any] = {"norm_groups": 32}
+_PLAIN: dict[str, Any] = {
     "embedding_type": "positional",
     "channel_mult_noise": 1,
     "encoder_type": "standard",
     "decoder_type": "standard",
     "resample_filter": (1, 1),
 }
+_FIXED: dict[str, dict[str, Any]] = {
+    "song": {"norm_groups": 32},
+    "dhariwal": _PLAIN | {"norm_groups": 32},
+    "ddpm": _PLAIN | {"augment_dim": 0},
+}
+"""What an architecture does not let one choose."""
 # Sizes and dropout of the two U-Net classes where a published configuration leaves them out.
 _SONG: dict[str, Any] = {
     "architecture": "song",
@@ -219,6 +249,14 @@ _DHARIWAL: dict[str, Any] = {
     "channel_mult": (1, 2, 3, 4),
     "num_blocks": 3,
     "attn_resolutions": (32, 16, 8),
+}
+_DDPM: dict[str, Any] = {
+    "architecture": "ddpm",
+    "preconditioning": "linear",
+    "model_channels": 128,
+    "channel_mult": (1, 2, 2, 2),
+    "num_blocks": 2,
+    "attn_resolutions": (16,),
 }
 _NCSNPP: dict[str, Any] = {
     "embedding_type": "fourier",

@@ -18,7 +18,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-_KEPT = (".map_", ".affine.")
+_KEPT = (".map_", ".affine.", ".temb", ".class_embed.")
 """Parameters of the embedding of noise level and label: cheap, and eight bits are too few for them."""
 
 

@@ -5,30 +5,32 @@ from pathlib import Path
 import click
 
 from bdense_core import assets
+from bdense_core.dataset_names import DATASET_NAMES
 from bdense_core.errors import BadValue
+from bdense_core.files import sha256_of_file
 from bdense_core.protocol import INCEPTION
 from search.catalogue import CATALOGUE, entry
 from search.console import device_option, format_option, load_settings, print_values, threads_option
+from search.datasets import PUBLISHED, find_dataset, published
 from search.logs import say
 
 _path = click.Path(path_type=Path)
-dataset_option = click.option(
-    "--dataset", required=True, help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, digits or digits16."
-)
+_NAMES = ", ".join((*DATASET_NAMES, *PUBLISHED))
+_DATASET = f"A folder or .zip of images, a folder of CIFAR's binary version, a .npz, or one of {_NAMES}."
 name_option = click.option("--name", metavar="NAME", help="What study files call it; default: the file's.")
 
 
 @click.command()
-@click.argument("file", metavar="FILE.pkl", type=_path)
+@click.argument("file", metavar="FILE", type=_path)
 @name_option
 @format_option("yaml", "json")
 def import_teacher(file: Path, name: str | None, form: str) -> None:
-    """Turn an EDM checkpoint into safetensors, executing nothing in it."""
-    from bdense_core.checkpoints import import_edm
+    """Turn an EDM checkpoint or DDPM's weights into safetensors, executing nothing in them."""
+    from bdense_core.checkpoints import import_network
     from bdense_core.integrity import read_metadata
 
     target = _target(name or file.stem, "teacher.safetensors")
-    made = import_edm(file, target)
+    made = import_network(file, target)
     about = read_metadata(made.path)
     print_values({"teacher": name or file.stem, "path": made.path, "sha256": made.sha256, **about}, form)
 
@@ -68,6 +70,22 @@ def fetch_teacher(name: str, source: Path | None, pins: tuple[str, ...], base_ur
 
 
 @click.command()
+@click.argument("name", metavar="cifar10|cifar100")
+@click.option("--from", "source", type=_path, help="The published archive, or a folder with it: no network is used.")
+@format_option("yaml", "json")
+def fetch_dataset(name: str, source: Path | None, form: str) -> None:
+    """Get a published training set, which study files and --dataset then know by its name."""
+    from search.dataset_fetch import fetch_training_set
+    from search.progress import Downloads
+
+    wanted, settings = published(name), load_settings()
+    with Downloads() as downloads:
+        models = settings.create(settings.models)
+        path = fetch_training_set(wanted, models, say=say, source=source, progress=downloads.progress)
+    print_values({"fetched": name, "path": str(path), "sha256": sha256_of_file(path)}, form)
+
+
+@click.command()
 @click.argument("file", metavar="FILE.safetensors", type=_path)
 @name_option
 @format_option("yaml", "json")
@@ -80,7 +98,7 @@ def import_features(file: Path, name: str | None, form: str) -> None:
 
 
 @click.command()
-@click.option("--dataset", help="A folder or .zip of images, a .npz, CIFAR-10's binary folder, digits or digits16.")
+@click.option("--dataset", help=_DATASET)
 @click.option("--statistics", type=_path, help="Instead: a published .npz of mu and sigma, as EDM's and clean-fid's.")
 @click.option("--images", type=click.IntRange(min=2), help="With --statistics: how many images they are of.")
 @click.option("--features", required=True, help="A feature network's name or file.")
@@ -104,14 +122,15 @@ def reference(
         raise BadValue("give either --dataset DATA, or --statistics FILE.npz with --images N")
     target = _target(name, "reference.safetensors")
     models = load_settings().models
+    images_of = None if dataset is None else _dataset(dataset, models)
     made = make_reference(
-        target, models, features=features, dataset=dataset, statistics=statistics, images=images, device=device
+        target, models, features=features, dataset=images_of, statistics=statistics, images=images, device=device
     )
     print_values({"reference": name, **made}, form)
 
 
 @click.command()
-@dataset_option
+@click.option("--dataset", required=True, help=_DATASET)
 @click.option("--name", required=True, metavar="NAME", help="What study files call it.")
 @click.option("--channels", default=64, show_default=True, type=click.IntRange(min=4), help="Width; EDM's is 128.")
 @click.option("--kimg", default=2000.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Budget.")
@@ -149,11 +168,11 @@ def train_teacher(
         seed=seed, budget_kimg=kimg, batch=batch, lr=lr, warmup_kimg=warmup, ema_halflife_kimg=halflife,
         flip=flip, precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
-    target = _target(name, "teacher.safetensors")
-    print_values(train(dataset, settings, target, channels=channels, conditional=conditional, device=device), form)
+    target, images = _target(name, "teacher.safetensors"), _dataset(dataset, load_settings().models)
+    print_values(train(images, settings, target, channels=channels, conditional=conditional, device=device), form)
 
 
-COMMANDS = (import_teacher, fetch_teacher, import_features, reference, train_teacher)
+COMMANDS = (import_teacher, fetch_teacher, fetch_dataset, import_features, reference, train_teacher)
 
 
 def _target(name: str, file: str) -> Path:
@@ -171,6 +190,15 @@ def _target(name: str, file: str) -> Path:
     if target.exists():
         raise BadValue(f"there is already {target}; choose another --name, or delete it")
     return target
+
+
+def _dataset(name: str, models: Path) -> str:
+    """What `data.load` is to be given: a published data set goes by its name once it was fetched.
+
+    Raises:
+        MissingFile: it was not fetched.
+    """
+    return find_dataset(name, folder=Path(), models=models) if name in PUBLISHED else name
 
 
 def _pins(texts: tuple[str, ...]) -> dict[str, str]:

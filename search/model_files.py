@@ -21,7 +21,7 @@ _FILES: dict[Role, tuple[str, ...]] = {
 }
 """What a name's folder among the models holds for each role."""
 _MADE_BY: dict[Role, str] = {
-    "teacher": "bdense-weights train-teacher --dataset DATA --name {name} (or import-teacher FILE.pkl --name {name})",
+    "teacher": "bdense-weights train-teacher --dataset DATA --name {name} (or import-teacher FILE --name {name})",
     "features": "bdense-weights import-features FILE.safetensors --name {name}",
     "reference": "bdense-weights reference --dataset DATA --features FEATURES --name {name}",
 }

@@ -1,9 +1,13 @@
 import json
+import math
 
 import pytest
 import torch
+from torch import nn
 
+from bdense_core import assets, discrete
 from bdense_core.errors import BadValue, ShapeMismatch, UnknownKey
+from bdense_core.integrity import read_metadata
 from bdense_core.networks import NetworkConfig, build, coefficients
 
 SONG = NetworkConfig.ddpmpp(
@@ -33,8 +37,20 @@ NCSN = NetworkConfig.ncsnpp(  # three levels, so that its image path widens twic
     num_blocks=1,
     attn_resolutions=[4],
 )
-CONFIGS = {"song": SONG, "adm": ADM, "ncsn": NCSN}
+DDPM = NetworkConfig.ddpm(
+    img_resolution=8,
+    img_channels=2,
+    model_channels=8,
+    channel_mult=[1, 2],
+    num_blocks=1,
+    attn_resolutions=[4],
+    label_dim=3,
+    preconditioning="v",
+    norm_groups=4,
+)
+CONFIGS = {"song": SONG, "adm": ADM, "ncsn": NCSN, "ddpm": DDPM}
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+edm_configs = pytest.mark.parametrize("config", [SONG, ADM, NCSN], ids=["song", "adm", "ncsn"])
 
 
 def changed(config, **values):
@@ -83,7 +99,7 @@ def test_branches_are_consecutive_channel_groups_and_the_last_one_samples(config
     x, sigma, labels = batch(config)
     with torch.no_grad():
         raw, branches = dense.raw(x, sigma, labels), dense.branches(x, sigma, labels)
-        at = coefficients("edm", sigma[:, None, None, None])
+        at = coefficients(config.preconditioning, sigma[:, None, None, None])
         for k in range(3):
             expected = at.skip * x + at.out * raw[:, 2 * k : 2 * k + 2]
             assert torch.allclose(branches[:, k], expected, atol=1e-6)
@@ -104,7 +120,7 @@ def test_one_branch_has_the_layers_of_the_ordinary_network(config):
     }
 
 
-@configs
+@edm_configs
 def test_a_fresh_network_outputs_almost_nothing(config):
     torch.manual_seed(0)
     with torch.no_grad():
@@ -130,7 +146,9 @@ def test_every_parameter_that_takes_part_learns(config):
     denoiser = randomised(config)
     augment = torch.ones(3, config.augment_dim) if config.augment_dim else None
     denoiser(*batch(config), augment).square().sum().backward()
-    assert [k for k, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()] == []
+    # A bias of attention's keys changes no share, so its gradient is rounding noise or nothing.
+    without = [k for k, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
+    assert [k for k in without if not k.endswith(".k.bias")] == []
 
 
 @configs
@@ -173,7 +191,7 @@ def test_half_precision_weights_answer_in_single_precision():
 
 
 @pytest.mark.parametrize("rate", ["dropout", "label_dropout"])
-@pytest.mark.parametrize("config", [SONG, ADM], ids=["song", "adm"])
+@pytest.mark.parametrize("config", [SONG, ADM, DDPM], ids=["song", "adm", "ddpm"])
 def test_dropout_acts_in_training_only(config, rate):
     without = {"dropout": 0.0, "label_dropout": 0.0}
     denoiser, inputs = randomised(changed(config, **(without | {rate: 0.5}))), batch(config, n=8)
@@ -200,6 +218,83 @@ def test_preconditioning_gives_the_unet_unit_variance_and_denoises_nothing_at_no
         assert (at.scale**2 * (torch.tensor([1e-8, 6400.0]) + 0.25)).tolist() == pytest.approx([1, 1])
 
 
+class Oracle(nn.Module):
+    """Stands for the U-Net: answers with `output` and remembers what it was shown."""
+
+    head_name = "conv_out"
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+        self.conv_out = nn.Conv2d(1, 1, 1, dtype=output.dtype)
+
+    def forward(self, x, c_noise, class_labels, augment_labels):
+        self.x, self.c_noise = x, c_noise
+        return self.output
+
+
+# In the terms of Progressive Distillation: z = alpha image + spread noise, with alpha = cos(pi u / 2).
+TRUTHS = {
+    "x": lambda image, noise, alpha, spread: image,
+    "eps": lambda image, noise, alpha, spread: noise,
+    "v": lambda image, noise, alpha, spread: alpha * noise - spread * image,
+    "both": lambda image, noise, alpha, spread: torch.cat([image, noise], dim=1),
+    "linear": lambda image, noise, alpha, spread: noise,
+    "cosine": lambda image, noise, alpha, spread: noise,
+}
+
+
+def in_double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", TRUTHS)
+def test_a_network_that_predicts_the_truth_is_shown_z_and_denoises_exactly(kind):
+    torch.manual_seed(0)
+    image, noise = in_double(4, 2, 8, 8), in_double(4, 2, 8, 8)
+    u = torch.tensor([0.01, 0.3, 0.77, 0.99], dtype=torch.float64)
+    angle = (math.pi / 2 * u)[:, None, None, None]
+    denoiser = build(changed(DDPM, preconditioning=kind, label_dim=0))
+    denoiser.model = Oracle(TRUTHS[kind](image, noise, angle.cos(), angle.sin()))
+    sigma = angle.tan()
+    assert torch.allclose(denoiser(image + sigma * noise, sigma.flatten()), image, atol=1e-11)
+    assert torch.allclose(denoiser.model.x, angle.cos() * image + angle.sin() * noise, atol=1e-12)
+    if kind in ("linear", "cosine"):
+        levels = getattr(discrete, kind)().sigmas
+        step = denoiser.model.c_noise.floor().long()
+        assert ((levels[step] <= sigma.flatten()) & (sigma.flatten() <= levels[step + 1])).all()
+    else:
+        assert torch.allclose(denoiser.model.c_noise, 1000 * u, atol=1e-9)
+
+
+def test_image_and_noise_are_blended_by_the_variance_of_the_noise():
+    """arXiv 2202.00512, section 4: sigma'^2 times the image part plus alpha^2 times the image of the noise part."""
+    torch.manual_seed(0)
+    x, parts = in_double(1, 2, 8, 8), in_double(1, 4, 8, 8)
+    denoiser = build(changed(DDPM, preconditioning="both", label_dim=0))
+    denoiser.model = Oracle(parts)
+    sigma = 0.75  # alpha = 0.8, sigma' = 0.6, z = 0.8 x
+    of_noise = (0.8 * x - 0.6 * parts[:, 2:]) / 0.8
+    assert torch.allclose(denoiser(x, sigma), 0.36 * parts[:, :2] + 0.64 * of_noise, atol=1e-12)
+
+
+def test_branches_of_image_and_noise_are_consecutive_pairs_of_groups():
+    torch.manual_seed(0)
+    x, raw = in_double(2, 2, 8, 8), in_double(2, 12, 8, 8)
+    dense = build(changed(DDPM, preconditioning="both", label_dim=0, num_branches=3))
+    single = build(changed(DDPM, preconditioning="both", label_dim=0))
+    dense.model = Oracle(raw)
+    for k in range(3):
+        single.model = Oracle(raw[:, 4 * k : 4 * k + 4])
+        assert torch.equal(dense.branches(x, 1.3)[:, k], single(x, 1.3))
+
+
+@pytest.mark.parametrize("name", ["digits", "digits16"])
+def test_files_from_before_a_key_came_are_described_as_they_were(name):
+    stored = read_metadata(assets.hashed(f"{name}/teacher.safetensors").path)["config"]
+    assert NetworkConfig.from_dict(stored).to_dict() == stored
+
+
 @configs
 def test_a_configuration_survives_json(config):
     assert NetworkConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -220,7 +315,7 @@ def test_unknown_keys_name_the_nearest(values, named):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"architecture": "unet"}, "architecture is 'unet'; choose one of song, dhariwal"),
+        ({"architecture": "unet"}, "architecture is 'unet'; choose one of song, dhariwal, ddpm"),
         ({"preconditioning": "iddpm"}, "preconditioning"),
         ({"img_resolution": 9}, "img_resolution is 9"),
         ({"model_channels": 8.0}, "model_channels is 8.0"),
