@@ -9,7 +9,8 @@ models/<name>/origin.json               where each came from, and what it hashed
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from search.catalogue import Entry, Role, Source, entry
 from search.download import Progress, download
 from search.errors import FetchError
 
-__all__ = ["Fetched", "fetch", "fetch_entry"]
+__all__ = ["Fetched", "alone_in", "fetch", "fetch_entry"]
 
 _FORMAT = "bdense-origin/1"
 _FILES: dict[Role, str] = {
@@ -97,11 +98,22 @@ def fetch_entry(
     local = None if source is None else _local_files(wanted, source)
     job = _Job(wanted, models, say, base_url, _pins(wanted, sha256 or {}), progress, local)
     roles = [role for role in wanted.sources() if source is None or source.is_dir() or role in (local or {})]
+    with alone_in(models):
+        say(f"terms of use of {wanted.name}: {wanted.terms}")
+        return [job.get(role) for role in roles]
+
+
+@contextmanager
+def alone_in(models: Path) -> Iterator[None]:
+    """Nobody else fetches into this folder meanwhile.
+
+    Raises:
+        FetchError: somebody does, or the folder cannot be written.
+    """
     try:
         models.mkdir(parents=True, exist_ok=True)
         with FileLock(models / ".fetch.lock", timeout=0):
-            say(f"terms of use of {wanted.name}: {wanted.terms}")
-            return [job.get(role) for role in roles]
+            yield
     except Timeout as error:
         raise FetchError(f"another command is fetching into {models}; wait until it has ended") from error
     except OSError as error:

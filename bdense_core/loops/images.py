@@ -1,5 +1,7 @@
 """Real images in the order that a training seed draws them, as fast as a device takes them."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,7 +31,7 @@ class Images:
     def __init__(self, task: Task, config: NetworkConfig, device: torch.device, *, flip: bool = False) -> None:
         if task.dataset is None:
             raise BadValue("this method trains on images and the study names none; set dataset")
-        images, labels = data.load(task.dataset)
+        images, labels = data.load_bytes(task.dataset)
         wanted = [config.img_channels, config.img_resolution, config.img_resolution]
         if list(images.shape[1:]) != wanted:
             raise ShapeMismatch(
@@ -43,13 +45,20 @@ class Images:
             )
         self._seed, self._flip, self._device = task.seed, flip, device
         self._num_classes = config.label_dim
-        self._images, self._labels = data.to_uint8(images), labels
+        self._images, self._labels = images, labels
         if device.type == "cuda":
             small = self._images.numel() <= _RESIDENT_BYTES
             self._images = self._images.to(device) if small else self._images.pin_memory()
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of images and labels: what whatever is made of them depends on."""
+        content = hashlib.sha256(self._images.cpu().numpy().tobytes())
+        content.update(self._labels.numpy().tobytes())
+        return content.hexdigest()
 
     def rows(self, first: int, end: int) -> tuple[Tensor, Tensor | None]:
         """Rows [first, end) of the training seed: images [B, C, H, W] in [-1, 1] and one-hot classes [B, L], if any.

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from bdense_core import data
+from bdense_core.dataset_names import DATASET_NAMES
 from bdense_core.errors import BadValue, EvaluationError
 
 
@@ -94,6 +95,10 @@ def test_digits16_are_whole_bytes_from_minus_one_to_one():
     assert (images.min(), images.max()) == (-1, 1)
 
 
+def test_the_names_that_study_files_know_are_those_of_the_data_sets():
+    assert tuple(data.DATASETS) == DATASET_NAMES
+
+
 def test_a_misspelt_dataset_is_answered_with_the_nearest():
     with pytest.raises(BadValue, match="did you mean 'digits'"):
         data.load("digit")
@@ -164,11 +169,11 @@ def test_a_damaged_npz_is_refused(tmp_path):
             data.load(str(path))
 
 
-# --- CIFAR-10's binary version --------------------------------------------------------------------------
+# --- CIFAR's binary versions ----------------------------------------------------------------------------
 
 
 def write_batches(folder):
-    """Five batches of two records with the labels 0 to 9."""
+    """CIFAR-10 with five batches of two records, and the labels 0 to 9."""
     records = random_bytes(10, 1 + 3072)
     records[:, 0] = np.arange(10)
     for number in range(5):
@@ -176,25 +181,62 @@ def write_batches(folder):
     return records
 
 
-def test_binary_batches_are_read_in_order_plane_by_plane(tmp_path):
-    records = write_batches(tmp_path)
-    images, labels = data.load(str(tmp_path))
-    assert labels.tolist() == list(range(10))
-    planes = records[:, 1:].reshape(10, 3, 32, 32)  # the format: red, green, blue, each row by row
+def write_train(folder):
+    """CIFAR-100 with ten records: coarse labels 0 to 9, fine labels 90 to 99."""
+    records = random_bytes(10, 2 + 3072)
+    records[:, 0] = np.arange(10)
+    records[:, 1] = np.arange(90, 100)
+    (folder / "train.bin").write_bytes(records.tobytes())
+    (folder / "test.bin").write_bytes(records[:1].tobytes())  # no training images
+    return records
+
+
+@pytest.mark.parametrize(("write", "labels"), [(write_batches, range(10)), (write_train, range(90, 100))])
+def test_binary_records_are_read_in_order_plane_by_plane_with_their_finest_label(tmp_path, write, labels):
+    records = write(tmp_path)
+    images, found = data.load(str(tmp_path))
+    assert found.tolist() == list(labels)
+    planes = records[:, -3072:].reshape(10, 3, 32, 32)  # the format: red, green, blue, each row by row
     assert np.array_equal(data.to_uint8(images).numpy(), planes)
 
 
-def test_missing_short_and_mislabelled_batches_are_refused(tmp_path):
-    write_batches(tmp_path)
-    third = tmp_path / "data_batch_3.bin"
-    whole = third.read_bytes()
-    for content, problem in ((whole[:-1], "has 6145 bytes"), (b"", "has 0 bytes"), (b"\x0a" + whole[1:], "up to 10")):
-        third.write_bytes(content)
+@pytest.mark.parametrize(
+    ("write", "file", "label", "size"),
+    [(write_batches, "data_batch_3.bin", b"\x0a", 6145), (write_train, "train.bin", b"\x14", 30739)],
+)
+def test_short_empty_and_mislabelled_records_are_refused(tmp_path, write, file, label, size):
+    """10 is no label of CIFAR-10, 20 no coarse one of CIFAR-100."""
+    write(tmp_path)
+    path = tmp_path / file
+    whole = path.read_bytes()
+    wrong = rf"up to \[{label[0]}.* classes; unpack CIFAR-10"
+    for content, problem in ((whole[:-1], f"has {size} bytes"), (b"", "has 0 bytes"), (label + whole[1:], wrong)):
+        path.write_bytes(content)
         with pytest.raises(EvaluationError, match=problem):
             data.load(str(tmp_path))
-    third.unlink()
-    with pytest.raises(EvaluationError, match=r"data_batch_3\.bin cannot be read .*all five"):
+
+
+def test_a_missing_batch_is_named(tmp_path):
+    write_batches(tmp_path)
+    (tmp_path / "data_batch_3.bin").unlink()
+    with pytest.raises(EvaluationError, match=r"data_batch_3\.bin cannot be read .*unpack CIFAR-10 again"):
         data.load(str(tmp_path))
+
+
+def test_bytes_are_loaded_as_they_are_stored(tmp_path):
+    records = write_batches(tmp_path)
+    images, labels = data.load_bytes(str(tmp_path))
+    assert (images.dtype, images.shape) == (torch.uint8, (10, 3, 32, 32))
+    assert np.array_equal(images.flatten().numpy(), records[:, 1:].flatten())
+    assert labels.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", DATASET_NAMES)
+def test_bytes_of_a_shipped_data_set_are_those_of_its_images(name):
+    images, labels = data.load(name)
+    stored, same_labels = data.load_bytes(name)
+    assert torch.equal(stored, data.to_uint8(images))
+    assert torch.equal(same_labels, labels)
 
 
 # --- image files ----------------------------------------------------------------------------------------
