@@ -298,15 +298,20 @@ def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
     if store.study.spec.comparison is not None:
         found = comparison.compare(store.study, rows)
         print_table(comparison.table(found))
+        if (figures := comparison.further_table(found)) is not None:
+            print_table(figures)
         click.echo(found.verdict)
         return
-    print_table(report.trial_table(store, rows, top=None if full else 5, wide=width() >= _WIDE))
+    top = None if full else 5
+    print_table(report.trial_table(store, rows, top=top, wide=width() >= _WIDE))
+    if (figures := report.metrics_table(store.study, rows, top=top)) is not None:
+        print_table(figures)
     print_table(report.spread_table(store.study, rows))
     click.echo(noise.verdict(store.study, rows))
     for note in report.notes(store, rows):
         click.echo(f"note: {note}")
     if full and (best := noise.ranked(rows, searched_only=True)):
-        print_table(report.curve_table(best[0]))
+        print_table(report.curve_table(store.study, best[0]))
         print_table(report.rung_table(store.study, rows))
 
 

@@ -64,6 +64,8 @@ def confirm(
         click.echo(json.dumps(comparison.to_dict(found), indent=2))
         return
     print_table(comparison.table(found))
+    if (figures := comparison.further_table(found)) is not None:
+        print_table(figures)
     click.echo(found.verdict)
     say(f"export: bdense-weights export --study {shlex.quote(name)}" + storage_comment(storage))
 

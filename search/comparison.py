@@ -3,18 +3,22 @@
 The rule, and what it was chosen from: docs/noise.md. A candidate is confirmed if it beats every control by a
 one-sided paired t test, at 5 % in all after Holm's correction over the candidates, and every interval that is shown
 for it lies above 0. Each pair is judged by its own differences alone, so a noisy control harms no other pair.
+The verdict is on the study's metric alone; further figures stand beside it, and a constraint on one may bar a winner.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import JustifyMethod
+from rich.markup import escape  # figures are called fd[guidance=1], for example
 from rich.table import Table
 
 from bdense_core.errors import BadValue
+from bdense_core.methods.base import with_settings
 from bdense_core.weights import Weights, shares
+from search.labels import settings_text
 from search.records import Row
 from search.scores import Scores
 from search.spec import Arm, ComparisonSection, Study
@@ -38,6 +42,16 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A figure beside the metric, of one weighting. Whether more of it is better, its name has to tell."""
+
+    mean: Interval
+    by_seed: dict[int, float]
+    differences: dict[str, Interval]
+    """Weighting - control on the same seeds, by control; none from itself."""
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """What one weighting reached."""
 
@@ -51,9 +65,16 @@ class ArmResult:
     missing: tuple[int, ...] = ()
     """Seeds without a result. Such a weighting is not ranked."""
     same_as: str | None = None
-    """Another one with equal shares: the two differ by rounding, whatever their scores."""
+    """Another one with equal shares and settings: the two differ by rounding, whatever their scores."""
     p_value: float | None = None
     """Of being no better than some control, corrected for the number of candidates. None where it was not tested."""
+    violated: tuple[str, ...] = ()
+    """Constraints that its figures' means over the seeds break."""
+
+    @property
+    def may_win(self) -> bool:
+        """Whether it can be exported for a winner: it has weights of its own, and keeps the constraints."""
+        return self.arm.rule == "fixed" and not self.violated
 
     @property
     def is_confirmed(self) -> bool:
@@ -71,9 +92,19 @@ class Comparison:
     arms: tuple[ArmResult, ...]
     """Best mean first; those with missing seeds last."""
     winner: str | None
-    """The confirmed candidate of the best mean, of those whose weights can be exported: none that learns them."""
+    """The confirmed candidate of the best mean, of those that may win."""
     verdict: str
     is_complete: bool
+    metrics: dict[str, dict[str, Further]] = field(default_factory=dict)
+    """Figures beside the metric: name -> weighting. They decide nothing."""
+
+    @property
+    def baseline(self) -> str | None:
+        """The control that single differences are from: the primary term alone if that is one, else the first."""
+        section = self.study.spec.comparison
+        controls = [arm for arm in section.arms if arm.is_control] if section else []
+        plain = (arm for arm in controls if _is_plain(arm, self.study))
+        return next((arm.name for arm in (*plain, *controls)), None)
 
 
 def compare(study: Study, rows: list[Row]) -> Comparison:
@@ -86,19 +117,57 @@ def compare(study: Study, rows: list[Row]) -> Comparison:
     section = study.spec.comparison
     if section is None:
         raise BadValue(f"study {study.name!r} is a search; `bdense-weights confirm --study {study.name}` compares")
-    arms = _tested(_results(section, Scores.of(study, rows).values))
+    scores = Scores.of(study, rows)
+    metrics = _further(section, scores.metrics)
+    arms = _tested(_results(study, section, scores.values, metrics))
     arms = sorted(arms, key=lambda arm: (bool(arm.missing), arm.mean.mean if arm.by_seed else math.inf, arm.name))
     return Comparison(
         study=study,
         seeds=section.seeds,
         arms=tuple(arms),
-        winner=next((arm.name for arm in arms if arm.is_confirmed and arm.arm.rule == "fixed"), None),
+        winner=next((arm.name for arm in arms if arm.is_confirmed and arm.may_win), None),
         verdict=_verdict(arms, len(section.seeds)),
         is_complete=not any(arm.missing for arm in arms),
+        metrics={name: metrics[name] for name in sorted(metrics, key=_places(study))},
     )
 
 
-def _results(section: ComparisonSection, values: dict[str, dict[int, float]]) -> list[ArmResult]:
+def _places(study: Study) -> Callable[[str], tuple[int, str]]:
+    """The method's own order of its figures; what it does not know comes last."""
+    known = list(study.spec.method.metrics())
+    return lambda name: (known.index(name) if name in known else len(known), name)
+
+
+def _further(
+    section: ComparisonSection, metrics: dict[str, dict[str, dict[int, float]]]
+) -> dict[str, dict[str, Further]]:
+    """Means and differences of every figure, for the arms that have it."""
+    controls = [arm.name for arm in section.arms if arm.is_control]
+    found = {}
+    for name, by_arm in metrics.items():
+        by_seed = {arm.name: _of_seeds(by_arm.get(arm.name, {}), section.seeds) for arm in section.arms}
+        found[name] = {
+            arm: Further(
+                mean=mean_interval(values.values()),
+                by_seed=values,
+                differences={
+                    control: difference
+                    for control in controls
+                    if control != arm and (difference := paired(values, by_seed[control])).count
+                },
+            )
+            for arm, values in by_seed.items()
+            if values
+        }
+    return found
+
+
+def _results(
+    study: Study,
+    section: ComparisonSection,
+    values: dict[str, dict[int, float]],
+    metrics: dict[str, dict[str, Further]],
+) -> list[ArmResult]:
     """Every arm, controls first, with its gains."""
     controls = [arm for arm in section.arms if arm.is_control]
     arms = [*controls, *(arm for arm in section.arms if not arm.is_control)]
@@ -113,9 +182,15 @@ def _results(section: ComparisonSection, values: dict[str, dict[int, float]]) ->
             is_control=arm.is_control,
             missing=tuple(seed for seed in section.seeds if seed not in by_seed[arm.name]),
             same_as=next((other.name for other in arms[:index] if are_equal(arm, other)), None),
+            violated=_violated(study, arm.name, metrics) if by_seed[arm.name] else (),
         )
         for index, arm in enumerate(arms)
     ]
+
+
+def _violated(study: Study, arm: str, metrics: dict[str, dict[str, Further]]) -> tuple[str, ...]:
+    means = {name: by_arm[arm].mean.mean for name, by_arm in metrics.items() if arm in by_arm}
+    return study.violations(means)
 
 
 def _of_seeds(values: dict[int, float], seeds: Sequence[int]) -> dict[int, float]:
@@ -143,11 +218,19 @@ def _tested(arms: list[ArmResult]) -> list[ArmResult]:
 
 
 def are_equal(first: Arm, second: Arm) -> bool:
-    """Whether two arms are one weighting: Adam cancels a common factor."""
-    if first.rule != second.rule:
+    """Whether two arms are one weighting with the same settings: Adam cancels a common factor."""
+    if (first.rule, first.settings, first.is_trained) != (second.rule, second.settings, second.is_trained):
         return False
     (shape, one), (other_shape, other) = _flat(first), _flat(second)
     return shape == other_shape and all(abs(a - b) < _SAME for a, b in zip(one, other, strict=True))
+
+
+def _is_plain(arm: Arm, study: Study) -> bool:
+    """Whether it is the study's method as it stands there, with the primary term alone, all through training."""
+    shape, flat = _flat(arm)
+    is_alone = shape == (1, 1) and not any(flat[:-1])
+    as_it_stands = with_settings(study.spec.method, arm.settings) == study.spec.method
+    return is_alone and as_it_stands and arm.rule == "fixed" and arm.is_trained
 
 
 def _flat(arm: Arm) -> tuple[tuple[int, int], Weights]:
@@ -170,17 +253,19 @@ def _verdict(arms: list[ArmResult], num_seeds: int) -> str:
         return "no candidate stands beside a control of other weights"
     if not tested:
         return f"nothing can be said yet; {missing}"
-    given = [arm for arm in tested if arm.arm.rule == "fixed"]
+    given = [arm for arm in tested if arm.may_win]
     found = [_finding(given, tested, f"over {num_seeds} fresh seeds")] if given else []
     for arm in tested:
-        if arm not in given:
+        if arm.arm.rule != "fixed":
             word = "better" if arm.is_confirmed else "not clearly better"
             found.append(f"{arm.name}, which learns its weights, is {word} than every control")
+        if arm.violated:
+            found.append(f"{arm.name} violates {', '.join(arm.violated)} and cannot win")
     return "; ".join([*found, *([missing] if lacking else [])])
 
 
 def _finding(given: list[ArmResult], tested: list[ArmResult], over: str) -> str:
-    """Of the candidates with weights of their own; `tested` are those and the learned ones, which share the chances."""
+    """Of the candidates that may win; `tested` are those and the others, which share the chances."""
     best = next((arm for arm in given if arm.is_confirmed), given[0])
     nearest = min(best.gains, key=lambda gain: gain.interval.mean)
     amount, against = _amount(nearest.interval), nearest.control
@@ -226,6 +311,11 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
         "winner": comparison.winner,
         "verdict": comparison.verdict,
         "arms": [_arm_object(arm) for arm in comparison.arms],
+        "baseline": comparison.baseline,
+        "metrics": {
+            name: {arm: _further_object(of) for arm, of in by_arm.items()}
+            for name, by_arm in comparison.metrics.items()
+        },
     }
 
 
@@ -243,6 +333,17 @@ def _arm_object(arm: ArmResult) -> dict[str, Any]:
         ],
         "p_value": arm.p_value,
         "is_confirmed": arm.is_confirmed,
+        "violated": list(arm.violated),
+    }
+
+
+def _further_object(of: Further) -> dict[str, Any]:
+    return {
+        "mean": _interval_object(of.mean),
+        "by_seed": {str(seed): value for seed, value in of.by_seed.items()},
+        "differences": [
+            {"control": control, "interval": _interval_object(interval)} for control, interval in of.differences.items()
+        ],
     }
 
 
@@ -265,21 +366,56 @@ def table(comparison: Comparison) -> Table:
         f"better; below them {LEVEL:.0%} intervals, two-sided, each for itself. p: of being no better than some "
         "control, corrected for the number of candidates (docs/noise.md)"
     )
-    for column in ("weighting", "shares", *source, "mean", *(f"gain over\n{name}" for name in controls), "p"):
-        justify: JustifyMethod = "left" if column in ("weighting", "shares") else "right"
+    settings = ["settings"] if any(arm.arm.settings for arm in comparison.arms) else []
+    gains = [f"gain over\n{name}" for name in controls]
+    for column in ("weighting", "shares", *settings, *source, "mean", *gains, "p"):
+        justify: JustifyMethod = "left" if column in ("weighting", "shares", "settings") else "right"
         shown.add_column(column, justify=justify, no_wrap=column == "weighting", overflow="fold")
     for arm in comparison.arms:
         style = "bold green" if arm.name == comparison.winner else "cyan" if arm.is_control else None
-        shown.add_row(*_cells(arm, controls, has_source=bool(source)), style=style)
+        style = "dim" if arm.violated and not arm.is_control else style
+        shown.add_row(*_cells(arm, controls, has_settings=bool(settings), has_source=bool(source)), style=style)
     return shown
 
 
-def _cells(arm: ArmResult, controls: Sequence[str], *, has_source: bool) -> list[str]:
+def further_table(comparison: Comparison) -> Table | None:
+    """The figures beside the metric: means over the seeds, and differences from one control. None without any."""
+    if not comparison.metrics:
+        return None
+    reference = comparison.baseline
+    shown = Table(
+        title=f"{comparison.study.name}: further figures", title_justify="left", caption_justify="left", show_lines=True
+    )
+    shown.caption = (
+        f"mean over {len(comparison.seeds)} fresh seeds; below it weighting - {reference} on the same seeds, with its "
+        f"{LEVEL:.0%} interval, two-sided, each for itself. The verdict does not ask for them"
+    )
+    shown.add_column("weighting", no_wrap=True, overflow="fold")
+    for name in comparison.metrics:
+        shown.add_column(escape(name), justify="right", overflow="fold")
+    for arm in comparison.arms:
+        cells = [_further_cell(by_arm.get(arm.name), reference) for by_arm in comparison.metrics.values()]
+        shown.add_row(arm.name, *cells, style="cyan" if arm.is_control else None)
+    return shown
+
+
+def _further_cell(of: Further | None, reference: str | None) -> str:
+    if of is None:
+        return ""
+    found = of.differences.get(reference or "")
+    if found is None:
+        return f"{of.mean.mean:.4g}"
+    around = f" ({found.low:+.2g} to {found.high:+.2g})" if found.count > 1 else ""
+    return f"{of.mean.mean:.4g}\n{found.mean:+.2g}{around}"
+
+
+def _cells(arm: ArmResult, controls: Sequence[str], *, has_settings: bool, has_source: bool) -> list[str]:
     gains = {gain.control: gain.interval for gain in arm.gains}
     value = arm.arm.source_value
     return [
-        arm.name + _remark(arm),
-        " ".join(f"{share:.2f}" for share in shares(arm.arm.weights)),
+        arm.name + escape(_remark(arm)),
+        " ".join(f"{share:.2f}" for share in shares(arm.arm.weights) if arm.arm.is_trained),
+        *([escape(settings_text(arm.arm.settings))] if has_settings else []),
         *(["" if value is None else f"{value:.4g}"] if has_source else []),
         _cell(arm.mean, ".4g"),
         *(_cell(gains[name], "+.2g") if name in gains else "" for name in controls),
@@ -300,4 +436,5 @@ def _remark(arm: ArmResult) -> str:
         return "\nlacks " + " ".join(map(str, arm.missing))
     if arm.same_as is not None:
         return f"\nis {arm.same_as}"
-    return "\nbeats every control" if arm.is_confirmed else ""
+    found = ["\nbeats every control"] if arm.is_confirmed else []
+    return "".join([*found, *([f"\nviolates {', '.join(arm.violated)}"] if arm.violated else [])])

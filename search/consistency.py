@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bdense_core.errors import BDenseError
+from bdense_core.errors import BadValue, BDenseError
 from bdense_core.files import sha256_of
+from bdense_core.methods.base import Axis, with_settings
 from bdense_core.weights import checked, log_linear, shares
+from search import tuning
 from search.comparison import compare, to_dict
 from search.noise import noise_floor
 from search.records import ARM, Row
@@ -27,6 +29,10 @@ _TABLE_REL = 1e-6
 """The same for what scipy works out, of whatever version."""
 _UNUSED = ("budget.", "sampler.", "pruner.")
 """Sections of a study that its confirmation, which searches nothing, has otherwise."""
+_LARGEST = 1000.0
+"""A parameter of a family beyond stands for no weights: their logarithms would differ by as much."""
+_LATER: dict[str, Any] = {"settings": {}, "metrics": {}, "violated": []}
+"""What files mean that were written before these keys existed."""
 _FAULTS = (BDenseError, ArithmeticError, LookupError, TypeError, ValueError)
 """What values that make no sense may end in."""
 
@@ -44,6 +50,8 @@ def spec_faults(content: _Object, study: Study) -> Iterator[str]:
         "dataset": study.spec.dataset,
         "nfe": method.nfe,
         "num_branches": study.num_branches,
+        "num_intervals": study.num_intervals,
+        "terms": list(method.terms),
         "target_space": method.target_space,
         "family": study.spec.space.family,
         "index_origin": study.spec.space.index_origin,
@@ -66,32 +74,37 @@ def spec_faults(content: _Object, study: Study) -> Iterator[str]:
 
 
 def weights_faults(content: _Object, study: Study) -> Iterator[str]:
-    """Weights, shares and schedules are what a and b, and the family's parameters, give."""
+    """Weights, shares, schedules and settings are what a and b, and the parameters, give."""
     chosen = content["candidates"][0]
     yield from _line_faults("", content, study)
     yield from _copy_faults(
-        content, chosen, ("name", "trial", "params", "a", "b", "weights", "shares", "schedule", "rule")
+        content, chosen, ("name", "trial", "params", "a", "b", "weights", "shares", "settings", "schedule", "rule")
     )
     for entry in (*content["candidates"], *content["controls"]):
         yield from _line_faults(f"{entry['name']}: ", entry, study)
+        yield from _refusals(f"{entry['name']}: ", entry, study)
     for index, entry in enumerate(content["candidates"]):
         yield from _differences({"name": f"trial-{entry['trial']}"}, entry, f"candidates[{index}]")
         yield from _family_faults(f"{entry['name']}: ", entry, study)
+        yield from _tuned_faults(f"{entry['name']}: ", entry, study)
     known = study.controls()
     for entry in content["controls"]:
         if entry["name"] in known:  # another version may have had others
             arm = known[entry["name"]]
-            yield from _differences({"weights": arm.weights, "rule": arm.rule}, entry, entry["name"])
+            meant = {"weights": arm.weights, "rule": arm.rule, "is_trained": arm.is_trained}
+            yield from _differences(meant, entry, entry["name"])
+            yield from _settings_faults(arm.settings, entry, f"{entry['name']}.settings")
 
 
 def score_faults(content: _Object, study: Study) -> Iterator[str]:
-    """Every value is the mean over the training seeds that it names."""
+    """Every value is the mean over the training seeds that it names; figures break the constraints that they say."""
     about = {
         "metric": study.metric,
         "n_samples": study.evaluation.n_samples if study.evaluation else None,
         "seeds": list(study.trial_seeds()),
     }
-    yield from _copy_faults(content, content["candidates"][0], ("score", "by_seed", "code_version"))
+    keys = ("score", "by_seed", "metrics", "violated", "code_version")
+    yield from _copy_faults(content, content["candidates"][0], keys)
     for entry in (*content["candidates"], *content["controls"]):
         score, name = entry["score"], entry["name"]
         yield from _differences(about, score, f"{name}: score")
@@ -100,6 +113,8 @@ def score_faults(content: _Object, study: Study) -> Iterator[str]:
             yield f"{name}: by_seed lacks a seed of its score"
         elif not _is_close(score["value"], expected := mean(values)):
             yield f"{name}: the value is {_brief(score['value'])}, but its values by seed give {_brief(expected)}"
+        violated = list(study.violations(_of(entry, "metrics")))
+        yield from _differences(violated, _of(entry, "violated"), f"{name}: violated")
 
 
 def floor_object(rows: list[Row]) -> _Object | None:
@@ -117,7 +132,7 @@ def floor_faults(content: _Object) -> Iterator[str]:
         if own in by_seed:  # a file's keys are in no order
             scores = {own: by_seed[own], **by_seed}
             row = _row(number, entry["role"], scores, step=step, evaluations=entry["evaluations"])
-            rows.append(replace(row, rule=entry["rule"]))
+            rows.append(replace(row, rule=entry["rule"], is_trained=entry.get("is_trained", True)))
     with np.errstate(over="raise"):
         expected = floor_object(rows)
     yield from _differences(expected, content["noise_floor"], "noise_floor", rel=_TABLE_REL)
@@ -187,9 +202,10 @@ def _line(a: float, b: float, num_branches: int, origin: int) -> Sequence[float]
 
 def _family_faults(who: str, entry: _Object, study: Study) -> Iterator[str]:
     """The weights and the schedule of a proposal against what the study's family makes of its parameters."""
-    space, params = study.spec.space, entry["params"]
-    about = f"{who}params {_brief(params)} of family {space.family}"
+    space = study.spec.space
+    about = f"{who}params {_brief(entry['params'])} of family {space.family}"
     try:
+        params = {axis: _bounded(float(entry["params"][axis])) for axis in study.spec.axes}
         weights = space.weights(params, study.num_branches)
         schedule = space.schedule(params, study.num_branches, study.num_intervals)
     except _FAULTS as error:
@@ -200,11 +216,55 @@ def _family_faults(who: str, entry: _Object, study: Study) -> Iterator[str]:
     yield from _differences(schedule, entry["schedule"], f"{about}: schedule")
 
 
+def _bounded(value: float) -> float:
+    if not abs(value) <= _LARGEST:
+        raise ValueError(f"{value:g} is too large")
+    return value
+
+
+def _refusals(who: str, entry: _Object, study: Study) -> Iterator[str]:
+    """Settings that are none of the method's, or have values that it refuses."""
+    try:
+        with_settings(study.spec.method, _of(entry, "settings"))
+    except _FAULTS as error:
+        yield f"{who}{error}"
+
+
+def _tuned_faults(who: str, entry: _Object, study: Study) -> Iterator[str]:
+    """The settings of a proposal are its parameters beside those of the family, and lie where the study searches."""
+    params, tuned = entry["params"], study.spec.tuned
+    meant = {name: params[name] for name in tuned if name in params}
+    yield from _settings_faults(meant, entry, f"{who}settings")
+    for name, axis in tuned.items():
+        if name not in meant or not _is_value(axis, meant[name]):
+            yield f"{who}params.{name} is {_brief(meant.get(name))}, which lies not in what the study searches"
+
+
+def _is_value(axis: Axis, value: Any) -> bool:
+    """Whether an axis has a value, of that very type, but for a float without a fraction."""
+    try:
+        found = tuning.value_of("it", axis, value)
+    except BadValue:
+        return False
+    return type(value) is type(found) or (type(value) is int and type(found) is float)
+
+
+def _settings_faults(expected: _Object, entry: _Object, where: str) -> Iterator[str]:
+    """Settings that are not as expected; a name that one side alone has is a difference."""
+    found = _of(entry, "settings")
+    if expected.keys() != found.keys() or any(_differences(expected, found)):
+        yield f"{where} is {_brief(found)}, expected {_brief(expected)}"
+
+
+def _of(entry: _Object, key: str) -> Any:
+    return entry.get(key, _LATER.get(key))
+
+
 def _copy_faults(content: _Object, chosen: _Object, keys: Sequence[str]) -> Iterator[str]:
     """The chosen weights stand in the file twice: on top, and first among the candidates."""
     for key in keys:
-        if content[key] != chosen[key]:
-            yield f"{key} is {_brief(content[key])}, but of the first candidate it is {_brief(chosen[key])}"
+        if _of(content, key) != _of(chosen, key):
+            yield f"{key} is {_brief(_of(content, key))}, but of the first candidate it is {_brief(_of(chosen, key))}"
 
 
 def _table_faults(where: str, table: _Object, content: _Object) -> Iterator[str]:
@@ -225,20 +285,36 @@ def _table_faults(where: str, table: _Object, content: _Object) -> Iterator[str]
     for arm in expected["arms"]:
         if listed := by_trial.get(arm["trial"]) or by_name.get(arm["name"]):
             meant = {key: listed[key] for key in ("name", "trial", "weights", "schedule", "rule")}
-            yield from _differences(meant, arm, f"{where}: what it ran as {arm['name']}")
+            about = f"{where}: what it ran as {arm['name']}"
+            yield from _differences(meant, arm, about)
+            yield from _settings_faults(_of(listed, "settings"), arm, f"{about}.settings")
 
 
 def _worked_out(table: _Object) -> _Object:
     """A comparison from its study and its values by seed alone."""
     study = Study.from_dict(table["spec"])
-    values = {arm["name"]: arm["by_seed"] for arm in table["arms"]}
-    runs = [(ARM + name, {seed: value}) for name, by_seed in values.items() for seed, value in by_seed.items()]
-    rows = [_row(number, role, run, protocol=study.protocol_hash()) for number, (role, run) in enumerate(runs)]
+    runs = [(arm["name"], seed, value) for arm in table["arms"] for seed, value in arm["by_seed"].items()]
+    rows = [
+        replace(
+            _row(number, ARM + name, {seed: value}, protocol=study.protocol_hash()), metrics=_figures(table, name, seed)
+        )
+        for number, (name, seed, value) in enumerate(runs)
+    ]
     section = study.spec.comparison
-    about = {"of_created": section.of_created, "target": section.target} if section else {}
+    about: _Object = {"of_created": section.of_created, "target": section.target} if section else {}
     with np.errstate(over="raise"):
         compared = to_dict(compare(study, rows))
-    return {**compared, **about, "nfe": study.spec.method.nfe, "dataset": study.spec.dataset}
+    about |= {"nfe": study.spec.method.nfe, "num_intervals": study.num_intervals, "dataset": study.spec.dataset}
+    return {**compared, **about}
+
+
+def _figures(table: _Object, arm: str, seed: str) -> dict[str, float]:
+    """The further figures of one run."""
+    return {
+        name: by_arm[arm]["by_seed"][seed]
+        for name, by_arm in table.get("metrics", {}).items()
+        if seed in by_arm.get(arm, {}).get("by_seed", {})
+    }
 
 
 def _identity_faults(study: Study, confirmation: Study) -> Iterator[str]:

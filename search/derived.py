@@ -1,16 +1,17 @@
-"""Comparisons: fixed weightings on fresh seeds, each a study of its own, made from a search or from a weights file."""
+"""Comparisons: weightings with their settings on fresh seeds, each a study, made from a search or a weights file."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from bdense_core.errors import BadValue
+from bdense_core.errors import BadValue, ConfigError
+from bdense_core.methods.base import with_settings
 from search.comparison import are_equal
 from search.errors import NothingFinished
-from search.noise import ranked
+from search.noise import choosable
 from search.records import CONTROL, Row
 from search.spec import Arm, ComparisonSection, Study, validate
 from search.storage import Studies, StudyStore
@@ -59,30 +60,25 @@ def best_arms(store: StudyStore, top: int) -> tuple[Arm, ...]:
     """The best searched weightings, best first, without those that are equal to a better one or to a control.
 
     Raises:
-        NothingFinished: no searched trial has run to its end.
+        NothingFinished: no searched trial has run to its end and keeps the constraints.
     """
-    rows = ranked(store.rows(), searched_only=True)
-    if not rows:
-        counts = store.counts()
-        raise NothingFinished(
-            f"study {store.name!r} has no searched trial that ran to its end ({counts.running} running, "
-            f"{counts.waiting} waiting, {counts.failed} failed); run the launcher again, or wait for it"
-        )
     chosen: list[Arm] = []
-    for arm in map(_arm, rows):
+    for arm in map(_arm, choosable(store.name, store.rows())):
         if len(chosen) < top and not any(
             are_equal(arm, other) for other in (*chosen, *store.study.controls().values())
         ):
             chosen.append(arm)
     if not chosen:
-        raise NothingFinished(f"all finished trials of study {store.name!r} have the weights of a control; search more")
+        raise NothingFinished(
+            f"all finished trials of study {store.name!r} are as a control is, in weights and settings; search more"
+        )
     return tuple(chosen)
 
 
 def _arm(row: Row) -> Arm:
     return Arm(
-        name=f"trial-{row.number}", weights=row.weights, schedule=row.schedule, rule=row.rule, trial=row.number,
-        source_value=row.value,
+        name=f"trial-{row.number}", weights=row.weights, settings=row.settings, schedule=row.schedule, rule=row.rule,
+        trial=row.number, source_value=row.value,
     )  # fmt: skip
 
 
@@ -107,13 +103,13 @@ def transfers(
         nfe: of the target's students, a study for each; none: the target's own.
 
     Raises:
-        BadValue: the weights mean nothing to the target's students.
+        BadValue: the weights or the settings mean nothing to the target's students, or no NFE can be set there.
     """
     arms, source = _exported_arms(exported)[:top], exported["study"]
     worth = {control["role"].removeprefix(CONTROL): control["score"]["value"] for control in exported["controls"]}
     found = []
     for number in nfe or (None,):
-        study = load_study(target, overrides=() if number is None else (f"method.nfe={number}",), models=models)
+        study = load_study(target, models=models) if number is None else _at_nfe(target, number, models)
         for arm in arms:
             _check_fits(exported, arm, study)
         controls = [arm.model_copy(update={"source_value": worth.get(arm.name)}) for arm in study.controls().values()]
@@ -129,6 +125,21 @@ def transfers(
     return found
 
 
+def _at_nfe(target: Path, number: int, models: Path) -> Study:
+    """A target with students of so many network calls.
+
+    Raises:
+        BadValue: with its method that follows from other settings.
+    """
+    method = load_study(target, models=models).spec.method
+    if "nfe" not in {found.name for found in fields(method)}:
+        raise BadValue(
+            f"the method {method.kind} has no setting nfe: it follows from others, and is {method.nfe} in {target}; "
+            "leave --nfe out, or change the target's file"
+        )
+    return load_study(target, overrides=(f"method.nfe={number}",), models=models)
+
+
 def _unseen(target: Study, seen: dict[str, Any]) -> int:
     """The first of a hundred seeds that neither the target's own searches nor the weights' study has run on."""
     used = {*seen["training"], *seen["controls"], *seen["confirmation"]}
@@ -142,8 +153,10 @@ def _exported_arms(exported: dict[str, Any]) -> list[Arm]:
     try:
         return [
             Arm(
-                name=f"trial-{candidate['trial']}", weights=candidate["weights"], schedule=candidate["schedule"],
-                rule=candidate["rule"], trial=candidate["trial"], source_value=candidate["score"]["value"],
+                name=f"trial-{candidate['trial']}", weights=candidate["weights"],
+                settings=candidate.get("settings", {}),  # older files have none
+                schedule=candidate["schedule"], rule=candidate["rule"], trial=candidate["trial"],
+                source_value=candidate["score"]["value"],
             )
             for candidate in exported["candidates"]
         ]  # fmt: skip
@@ -153,10 +166,17 @@ def _exported_arms(exported: dict[str, Any]) -> list[Arm]:
 
 
 def _check_fits(exported: dict[str, Any], arm: Arm, target: Study) -> None:
-    if len(arm.weights) != target.num_branches:
+    terms = target.spec.method.terms
+    theirs = tuple(exported.get("terms", ())) or terms[: len(arm.weights)]  # older files do not name them
+    if len(arm.weights) != len(terms):
         raise BadValue(
-            f"the weights are for {len(arm.weights)} branches, the target {target.name!r} has {target.num_branches}; "
-            f"set method.num_branches: {len(arm.weights)} there"
+            f"the weights are for {len(arm.weights)} loss terms, the target {target.name!r} has {len(terms)} "
+            f"({', '.join(terms)}); choose a target with as many"
+        )
+    if theirs != terms:
+        raise BadValue(
+            f"the weights are for the loss terms {', '.join(theirs)}, the target {target.name!r} has "
+            f"{', '.join(terms)}; choose a target of the same terms"
         )
     space = target.spec.method.target_space
     if exported["target_space"] != space:
@@ -164,11 +184,15 @@ def _check_fits(exported: dict[str, Any], arm: Arm, target: Study) -> None:
             f"the weights were found for losses in {exported['target_space']} space, the target {target.name!r} has "
             f"them in {space} space, where the same weights mean something else; choose another target"
         )
+    try:
+        with_settings(target.spec.method, arm.settings)
+    except ConfigError as error:
+        raise BadValue(f"{arm.name} has settings that the target {target.name!r} cannot take: {error}") from error
     rows = {len(row) for row in arm.schedule}
     if not rows <= {1, target.num_intervals}:
         raise BadValue(
             f"{arm.name} has weights for each of {max(rows)} intervals, the target has {target.num_intervals} at NFE "
-            f"{target.spec.method.nfe}; transfer it at NFE {max(rows)} alone"
+            f"{target.spec.method.nfe}; transfer it where there are as many"
         )
 
 

@@ -9,8 +9,7 @@ from bdense_core.errors import BadValue, BDenseError
 from bdense_core.files import canonical_json, sha256_of
 from search.comparison import compare, to_dict
 from search.consistency import floor_object
-from search.errors import NothingFinished
-from search.noise import ranked, verdict
+from search.noise import choosable, ranked, verdict
 from search.records import CONTROL, Row
 from search.report import curve_of
 from search.spec import Study, identity_of
@@ -18,8 +17,8 @@ from search.storage import Studies, StudyStore
 from search.version import PACKAGES, code_version, package_version
 from search.weights_file import SCHEMA, complaints, sealed
 
-_LINE = "w_k = exp(a (k + index_origin) + b), k = 0 .. num_branches - 1, first branch to last"
-_NO_LINE = "w_k as listed, first branch to last: these weights are no line, so they have no a and b"
+_LINE = "w_k = exp(a (k + index_origin) + b), k = 0 .. num_branches - 1, in the order of terms"
+_NO_LINE = "w_k as listed, in the order of terms: these weights are no line, so they have no a and b"
 
 _Object = dict[str, Any]
 
@@ -28,10 +27,10 @@ def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) 
     """The weights file's content: the confirmed weights, else the best searched ones, and the study's `top` candidates.
 
     Args:
-        trial: the searched trial to choose instead.
+        trial: the searched trial to choose instead, which may violate a constraint: the file says so.
 
     Raises:
-        NothingFinished: no searched trial has run to its end.
+        NothingFinished: no searched trial has run to its end, or all that have violate a constraint.
         BadValue: the study compares weightings of another one, or the trial asked for did not run to its end.
     """
     study, rows = store.study, store.rows()
@@ -49,6 +48,8 @@ def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) 
         "dataset": study.spec.dataset,
         "nfe": study.spec.method.nfe,
         "num_branches": study.num_branches,
+        "num_intervals": study.num_intervals,
+        "terms": study.spec.method.terms,
         "target_space": study.spec.method.target_space,
         "family": study.spec.space.family,
         "index_origin": study.spec.space.index_origin,
@@ -58,7 +59,12 @@ def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) 
         "verdict": confirmation["verdict"] if confirmation else verdict(study, rows),
         "candidates": [_weighting(study, row) for row in candidates],
         "controls": [
-            {"role": row.role, **_weighting(study, row), "evaluations": row.evaluations}
+            {
+                "role": row.role,
+                **_weighting(study, row),
+                "is_trained": row.is_trained,
+                "evaluations": row.evaluations,
+            }
             for row in ranked(rows)
             if row.is_control
         ],
@@ -74,7 +80,7 @@ def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) 
 
 
 def python_text(content: _Object) -> str:
-    """A module that needs nothing but Python: the weights as a dictionary, and as a function of the branch."""
+    """A module that needs nothing but Python: the weights as a dictionary, and as a function of the term."""
     left_out = ("candidates", "controls", "confirmation", "transfer", "spec")
     kept = {key: value for key, value in content.items() if key not in left_out}
     return _MODULE.format(content=pformat(kept, width=110, sort_dicts=False))
@@ -93,27 +99,31 @@ def _table(store: StudyStore) -> _Object:
     """A comparison with the study it is of: what is needed to work its verdict out again."""
     spec = store.study.spec
     target = spec.comparison.target if spec.comparison else None
-    about = {"target": target, "dataset": spec.dataset, "nfe": spec.method.nfe}
+    about = {
+        "target": target, "dataset": spec.dataset, "nfe": spec.method.nfe, "num_intervals": spec.num_intervals,
+    }  # fmt: skip
     return {**about, **to_dict(compare(store.study, store.rows())), "spec": store.stored_spec}
 
 
 def _chosen_first(store: StudyStore, rows: list[Row], *, trial: int | None, winner: str | None) -> list[Row]:
     """The searched trials that ran to their end: the one asked for, or the confirmed one, and then best first."""
-    best = ranked(rows, searched_only=True)
-    if not best:
-        counts = store.counts()
-        raise NothingFinished(
-            f"study {store.name!r} has no searched trial that ran to its end ({counts.running} running, "
-            f"{counts.waiting} waiting, {counts.failed} failed); run the launcher again, or wait for it"
-        )
-    name = winner if trial is None else f"trial-{trial}"
-    chosen = next((row for row in best if _name(row) == name), best[0])
-    if trial is not None and chosen.number != trial:
-        raise BadValue(
-            f"trial {trial} of study {store.name!r} is no searched trial that ran to its end; "
-            f"`bdense-weights trials --study {store.name}` lists them"
-        )
+    if trial is None:
+        best = choosable(store.name, rows)
+        chosen = next((row for row in best if _name(row) == winner), best[0])
+    else:
+        best = ranked(rows, searched_only=True)
+        chosen = _asked_for(store, rows, trial)
     return [chosen, *(row for row in best if row is not chosen)]
+
+
+def _asked_for(store: StudyStore, rows: list[Row], trial: int) -> Row:
+    for row in ranked(rows):
+        if row.is_search and row.number == trial:
+            return row
+    raise BadValue(
+        f"trial {trial} of study {store.name!r} is no searched trial that ran to its end; "
+        f"`bdense-weights trials --study {store.name}` lists them"
+    )
 
 
 def _name(row: Row) -> str:
@@ -131,6 +141,7 @@ def _weighting(study: Study, row: Row) -> _Object:
         "b": b,
         "weights": row.weights,
         "shares": row.shares,
+        "settings": row.settings,
         "schedule": row.schedule,
         "rule": row.rule,
         "score": {
@@ -140,6 +151,8 @@ def _weighting(study: Study, row: Row) -> _Object:
             "seeds": row.seeds[: len(study.trial_seeds())],  # a control has run on further ones
         },
         "by_seed": {str(seed): value for seed, value in row.by_seed.items()},
+        "metrics": row.metrics,
+        "violated": row.violated,
         "code_version": row.code,
     }
 
@@ -186,7 +199,7 @@ def _checked(content: _Object) -> _Object:
     return content
 
 
-_MODULE = '''"""Branch weights for diffusion distillation, made by `bdense-weights export --format python`.
+_MODULE = '''"""Loss weights for diffusion distillation, made by `bdense-weights export --format python`.
 
 It needs nothing but Python. docs/weights-file.md of bdense-search says what the keys mean.
 """
@@ -197,7 +210,7 @@ WEIGHTS = {content}
 
 
 def weights(k, done=0.0, interval=0):
-    """The weight of branch k, 0 (the first) to K - 1 (the endpoint).
+    """The weight of term k, 0 (the first) to K - 1 (the primary one).
 
     Where WEIGHTS["schedule"] is not empty, weights differ in time and between intervals: `done` of 1.0 of the
     training is over, in trained interval `interval`, 0 (at the noise) to J - 1.

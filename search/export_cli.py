@@ -58,8 +58,12 @@ def export(name: str, storage: str | None, top: int, candidate: int | None, form
 @click.argument("file", type=_file)
 @click.option("--quick", is_flag=True, help="Without running the trial again.")
 @click.option("--device", help="For the run: cpu, cuda or cuda:NUMBER; default: as the study's resources.gpus says.")
+@click.option(
+    "--dataset",
+    help="For the run, of a method that trains on data: a name, folder or file, where it has no known name.",
+)
 @format_option("table", "json")
-def verify(file: Path, quick: bool, device: str | None, form: str) -> None:
+def verify(file: Path, quick: bool, device: str | None, dataset: str | None, form: str) -> None:
     """Check a weights file: that it is whole, that its numbers follow from one another, that its trial runs again.
 
     Exit code 1 if a check fails. The database is not asked, and nothing that the file names is executed.
@@ -70,7 +74,7 @@ def verify(file: Path, quick: bool, device: str | None, form: str) -> None:
     use_threads(_threads(content))
     from search import verify as verifying
 
-    checks = list(verifying.verify(content, load_settings(), quick=quick, device=device))
+    checks = list(verifying.verify(content, load_settings(), quick=quick, device=device, dataset=dataset))
     if form == "json":
         click.echo(json.dumps([vars(check) for check in checks], indent=2))
     else:
@@ -79,7 +83,9 @@ def verify(file: Path, quick: bool, device: str | None, form: str) -> None:
 
 
 def _doubt(content: dict[str, Any]) -> str:
-    """Why weights are a proposal: the verdict, which may be on others than these."""
+    """Why weights are a proposal: constraints that they break, and the verdict, which may be on others than these."""
+    if content["violated"]:
+        return f"{content['name']} violates {', '.join(content['violated'])}; {content['verdict']}"
     winner = content["confirmation"]["winner"] if content["confirmation"] else None
     return content["verdict"] if winner is None else f"{content['name']} is not confirmed; {content['verdict']}"
 

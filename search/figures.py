@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bdense_core.files import write_bytes_atomically
+from bdense_core.methods.base import Axis
 from search import marks, plots
 from search.comparison import Comparison, compare
 from search.errors import NothingFinished
+from search.labels import term_labels, value_text
 from search.marks import Colors, map_axes, points
 from search.noise import noise_floor, ranked
 from search.records import Row
@@ -67,7 +69,7 @@ def save_png(store: StudyStore, path: Path) -> None:
 
     def draw(figure: plots.Figure) -> None:
         left, middle, right = figure.subplots(1, 3)
-        plots.draw_curves(left, rows)
+        plots.draw_curves(left, study, rows)
         plots.draw_map(middle, study, rows)
         plots.draw_traces(right, study, rows)
         figure.suptitle(_title(study, rows))
@@ -85,22 +87,22 @@ def _title(study: Study, rows: list[Row]) -> str:
 
 
 def _curves(study: Study, rows: list[Row]) -> Any:
-    figure, colors = _figure("Weight curves (shares): " + _title(study, rows), "branch", "share"), Colors(rows)
+    kind, names = term_labels(study.spec.method.terms)
+    figure, colors = _figure("Weight curves (shares): " + _title(study, rows), kind, "share"), Colors(rows)
     for curve in marks.curves(rows):
         figure.add_scatter(
-            x=list(range(1, len(curve.shares) + 1)), y=list(curve.shares), name=curve.label, mode="lines+markers",
+            x=list(names), y=list(curve.shares), name=curve.label, mode="lines+markers",
             line=_line(curve.is_control, colors[curve.name]),
         )  # fmt: skip
-    figure.update_xaxes(dtick=1)
+    figure.update_xaxes(type="category")
     return figure
 
 
 def _map(study: Study, rows: list[Row]) -> Any:
     drawn, (x, y) = points(study, rows), map_axes(study)
     figure = _figure(f"Map of {x} and {y}: {_title(study, rows)}", x, y)
-    ended = [p for p in drawn if p.value is not None]
-    stopped = [p for p in drawn if p.value is None and p.y is not None]
-    values = [p.value for p in drawn if p.value is not None]
+    ended = [p for p in drawn if p.value is not None and not p.violates]
+    values = [p.value for p in ended if p.value is not None]
     ends = {"cmin": min(values), "cmax": marks.scale_end(values)} if values else {}
     figure.add_scatter(
         x=[p.x for p in ended], y=[p.y for p in ended], mode="markers+text", text=[f"{p.value:.3g}" for p in ended],
@@ -111,10 +113,18 @@ def _map(study: Study, rows: list[Row]) -> Any:
             "showscale": True, "colorbar": {"title": {"text": study.metric}},
         },
     )  # fmt: skip
-    figure.add_scatter(
-        x=[p.x for p in stopped], y=[p.y for p in stopped], mode="markers", name="stopped early", showlegend=True,
-        hovertext=[p.label for p in stopped], marker={"color": marks.OTHER, "symbol": "x-thin-open", "size": 9},
-    )  # fmt: skip
+    crosses = {
+        ("stopped early", "x-thin-open"): [p for p in drawn if p.pruned and p.y is not None],
+        ("violates a constraint", "cross-thin-open"): [p for p in drawn if p.violates and not p.pruned],
+    }
+    for (name, symbol), group in crosses.items():
+        if group:
+            figure.add_scatter(
+                x=[p.x for p in group], y=[p.y for p in group], mode="markers", name=name, showlegend=True,
+                hovertext=[p.label for p in group], marker={"color": marks.OTHER, "symbol": symbol, "size": 9},
+            )  # fmt: skip
+    figure.update_xaxes(**_scale(study.spec.searched.get(x)))
+    figure.update_yaxes(**_scale(study.spec.searched.get(y)))
     note = "◇ control"
     if flat := marks.flat_axis(study):
         across, along = ("xaxis", "yaxis") if flat == y else ("yaxis", "xaxis")
@@ -124,6 +134,13 @@ def _map(study: Study, rows: list[Row]) -> Any:
     figure.update_layout(legend={"orientation": "h", "y": -0.2})
     figure.add_annotation(text=note, showarrow=False, xref="paper", yref="paper", x=0, y=1.07, xanchor="left")
     return figure
+
+
+def _scale(axis: Axis | None) -> dict[str, Any]:
+    """Choices by their names, and logarithmic where the search is."""
+    if axis is not None and axis.choices:
+        return {"tickvals": list(range(len(axis.choices))), "ticktext": list(map(value_text, axis.choices))}
+    return {"type": "log"} if axis is not None and axis.log else {}
 
 
 def _training(study: Study, rows: list[Row]) -> Any:

@@ -17,7 +17,7 @@ from bdense_core.features import load_features
 from bdense_core.files import write_atomically
 from bdense_core.images import readable, write_grid, write_pngs
 from bdense_core.networks import Denoiser
-from bdense_core.sampling import Sampler, draw, sampler_of, teacher_sampler
+from bdense_core.sampling import AnySampler, draw, sampler_of, teacher_sampler
 from bdense_core.task import Evaluation
 from search.model_files import check_reference, features_name, find, is_teacher
 from search.progress import Meter
@@ -103,8 +103,7 @@ def score(
         config = network.config
         shape = (config.img_channels, config.img_resolution, config.img_resolution)
         with Meter(evaluation.protocol.metric, images=count) as meter:
-            prepared = sampler.prepare(network)
-            value = meter.count(metric.measure(lambda z, y: sampler(prepared, z, y), shape, config.label_dim))
+            value = meter.count(metric.measure(sampler.bind(network), shape, config.label_dim))
         about: dict[str, Any] = {"nfe": sampler.nfe, "seed": seed}
     else:
         value = metric.distance(reference_statistics(images[chosen], load_features(files[0], device)))
@@ -115,7 +114,7 @@ def score(
 
 def _opened(
     source: str, models: Path | None, solver: str | None, steps: int | None, device: str
-) -> tuple[Denoiser, Sampler]:
+) -> tuple[Denoiser, AnySampler]:
     """A network on its device, and how it makes images.
 
     Raises:

@@ -8,6 +8,7 @@ and dropping are for everybody, under the study's lock. Every transition may be 
 import copy
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -15,21 +16,25 @@ from typing import Any, NoReturn
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection
 
 from bdense_core.errors import BDenseError
+from bdense_core.methods.base import with_settings
 from bdense_core.weights import shares
 from search import queries
 from search.database import Database, outlasting
 from search.errors import LeaseLost
 from search.owner import is_dead_here, this_process
-from search.records import SEARCH, Claim
-from search.samplers import make_pruner, make_sampler
+from search.records import SEARCH, Claim, Params
+from search.samplers import make_pruner, make_sampler, suggest
 from search.spec import Study
 from search.version import code_version
 
-_OF_ONE_ATTEMPT = ("owner", "reason", "final", "retry", "traceback", "progress", "notes", "resumed_from")
+_OF_ONE_ATTEMPT = (
+    "owner", "reason", "final", "retry", "traceback", "progress", "notes", "resumed_from", "metrics", "violated",
+)  # fmt: skip
 """Attributes that a retry does not take over."""
 
 _SUSPENDED_S = 15.0
@@ -156,19 +161,14 @@ class Trials:
         return count + rest
 
     def _take(self, trial: optuna.trial.Trial) -> Claim:
-        """Give the row an owner, a heartbeat and its weights, at one stroke."""
+        """Give the row an owner, a heartbeat, its weights and its settings, at one stroke."""
         stored = trial._cached_frozen_trial  # read when it was started, under the lock
         attributes = stored.user_attrs
         role = attributes.get("role", SEARCH)
-        params = self._suggest(trial) if role == SEARCH or _has_params(stored) else {}
-        space, num_branches = self.study.spec.space, self.study.num_branches
-        weights = attributes.get("weights") or space.weights(params, num_branches)
-        is_given = "weights" in attributes
-        schedule = (
-            attributes.get("schedule", ())
-            if is_given
-            else space.schedule(params, num_branches, self.study.num_intervals)
-        )
+        params = suggest(trial, self.study) if role == SEARCH or _has_params(stored) else {}
+        run = attributes if "weights" in attributes else self._meant(params)
+        weights, schedule, settings = run["weights"], run.get("schedule", ()), run.get("settings", {})
+        with_settings(self.study.spec.method, settings)  # refused here, it ends this trial alone
         seeds = attributes.get("seeds") or self.study.trial_seeds()
         values = {
             "owner": self.owner,
@@ -178,7 +178,7 @@ class Trials:
             "seeds": list(seeds),
             "protocol": self.study.protocol_hash(),
             "code": code_version(),
-        } | ({"schedule": schedule} if schedule else {})
+        } | {key: value for key, value in (("schedule", schedule), ("settings", settings)) if value}
         with self.database.transaction() as connection:
             connection.execute(queries.BEAT, {"trial": trial._trial_id})
             connection.execute(queries.SET, {"trial": trial._trial_id, "values": json.dumps(values)})
@@ -189,14 +189,21 @@ class Trials:
             origin=history[0] if history else trial.number,
             role=role,
             weights=tuple(weights),
+            settings=settings,
             schedule=tuple(tuple(map(tuple, rows)) for rows in schedule),
             rule=attributes.get("rule", "fixed"),
             seeds=tuple(seeds),
             reported=tuple(sorted(stored.intermediate_values)),
         )
 
-    def _suggest(self, trial: optuna.trial.Trial) -> dict[str, float]:
-        return {name: trial.suggest_float(name, low, high) for name, (low, high) in self.study.spec.axes.items()}
+    def _meant(self, params: Params) -> dict[str, Any]:
+        """What a proposal stands for: weights, perhaps a schedule of them, and settings of the method."""
+        space, num_branches = self.study.spec.space, self.study.num_branches
+        return {
+            "weights": space.weights(params, num_branches),
+            "schedule": space.schedule(params, num_branches, self.study.num_intervals),
+            "settings": self.study.settings_of(params),
+        }
 
     # -- RUNNING, and it stays so
 
@@ -240,10 +247,16 @@ class Trials:
     def complete(self, number: int, value: float, /, **about: Any) -> None:
         """The trial ended with its result; `about` as for `beat`.
 
+        Where the study has constraints, what the figures in `about["metrics"]` make of them is stored for samplers and
+        dashboards.
+
         Raises:
             LeaseLost: the trial is no longer ours; nothing was stored.
         """
-        self._tell(number, TrialState.COMPLETE, value, about)
+        metrics = about.get("metrics", {})
+        if violated := self.study.violations(metrics):
+            about |= {"violated": list(violated)}
+        self._tell(number, TrialState.COMPLETE, value, about, excesses=self.study.excesses(metrics))
 
     @outlasting
     def prune(self, number: int, value: float, /) -> None:
@@ -254,10 +267,14 @@ class Trials:
         """
         self._tell(number, TrialState.PRUNED, value, {})
 
-    def _tell(self, number: int, state: TrialState, value: float, about: dict[str, Any]) -> None:
+    def _tell(
+        self, number: int, state: TrialState, value: float, about: dict[str, Any], *, excesses: Sequence[float] = ()
+    ) -> None:
         trial = self._ours(number)
         try:
             self._renew(trial, about)
+            if excesses:
+                self.database.storage.set_trial_system_attr(trial._trial_id, _CONSTRAINTS_KEY, list(excesses))
             self.database.storage.set_trial_state_values(trial._trial_id, state, [value])
         except (LeaseLost, UpdateFinishedTrialError) as error:
             with self.database.transaction() as connection:
@@ -416,6 +433,7 @@ class Trials:
                 return
         again = copy.deepcopy(lost)
         again.user_attrs = {key: value for key, value in lost.user_attrs.items() if key not in _OF_ONE_ATTEMPT}
+        again.system_attrs.pop(_CONSTRAINTS_KEY, None)
         RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self._optuna, again)
 
     def _retried(self, connection: Connection) -> set[int]:

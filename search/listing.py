@@ -10,16 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from search import report
+from search.labels import settings_text
 from search.records import Row
 from search.spec import Study
 
 _OF_THE_TRIAL = (
-    "number", "state", "role", "params", "a", "b", "weights", "schedule", "rule", "value", "last_step", "seeds",
+    "number", "state", "role", "params", "a", "b", "weights", "schedule", "rule", "settings", "value", "metrics",
+    "violated", "last_step", "seeds",
 )  # fmt: skip
 _KEYS = (
     *_OF_THE_TRIAL, "duration_s", "started", "ended", "node", "owner", "retry_of", "resumed_from", "enqueued", "code",
     "protocol", "reason", "notes",
 )  # fmt: skip
+
+_WORDS = ("state", "role", "node", "reason")
+"""Columns of words."""
 
 
 def trial_record(study: Study, row: Row) -> dict[str, Any]:
@@ -43,9 +48,9 @@ def trial_record(study: Study, row: Row) -> dict[str, Any]:
 
 
 def trials_csv(study: Study, rows: list[Row]) -> str:
-    """One line for each trial: its record, with a column for each branch's weight. What is not known is empty.
+    """One line for each trial: its record, with a column for each loss term's weight. What is not known is empty.
 
-    Parameters and schedule are JSON, and empty where there are none.
+    Parameters, schedule, settings and further figures are JSON, and empty where there are none.
     """
     lines = [_flat(trial_record(study, row), study.num_branches) for row in rows]
     text = io.StringIO()
@@ -56,13 +61,13 @@ def trials_csv(study: Study, rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def _flat(record: dict[str, Any], num_branches: int) -> dict[str, Any]:
+def _flat(record: dict[str, Any], num_terms: int) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if key == "weights":
-            flat |= {f"weight_{branch}": None for branch in range(num_branches)}
-            flat |= {f"weight_{branch}": weight for branch, weight in enumerate(value or ())}
-        elif key in ("params", "schedule"):
+            flat |= {f"weight_{term}": None for term in range(num_terms)}
+            flat |= {f"weight_{term}": weight for term, weight in enumerate(value or ())}
+        elif key in ("params", "schedule", "settings", "metrics"):
             flat[key] = json.dumps(value) if value else None
         elif isinstance(value, list):
             flat[key] = ("; " if key == "notes" else " ").join(str(item) for item in value)
@@ -74,19 +79,23 @@ def _flat(record: dict[str, Any], num_branches: int) -> dict[str, Any]:
 def trials_table(study: Study, rows: list[Row]) -> Table:
     """One line for each trial, by number."""
     table = Table(title=f"{study.name}: {study.metric}", title_justify="left")
-    for column in ("trial", "state", "role", "a", "b", "value", "kimg", "seconds", "node", "retry of", "reason"):
-        table.add_column(column, justify="left" if column in ("state", "role", "node", "reason") else "right")
+    settings = ["settings"] if any(row.settings for row in rows) else []
+    columns = ("a", "b", *settings, "value", "kimg", "seconds", "node", "retry of", "reason")
+    for column in ("trial", "state", "role", *columns):
+        table.add_column(column, justify="left" if column in (*settings, *_WORDS) else "right")
     for row in rows:
         known = trial_record(study, row)
-        numbers = ("a", "b", "value", "last_step", "duration_s")
+        known["settings"] = settings_text(row.settings)
+        numbers = ("a", "b", *settings, "value", "last_step", "duration_s")
+        misses = [f"misses {', '.join(row.violated)}"] if row.violated else []
         table.add_row(
             str(row.number), row.state, row.role, *(_text(known[key]) for key in numbers),
-            known["node"], _text(row.retry_of), Text(row.reason or "; ".join(row.notes)),
+            known["node"], _text(row.retry_of), Text(row.reason or "; ".join([*misses, *row.notes])),
         )  # fmt: skip
     return table
 
 
-def _text(value: float | None) -> str:
+def _text(value: float | str | None) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean
 
+from bdense_core.methods.base import Axis
 from search.comparison import ArmResult, Comparison
 from search.noise import noise_floor, ranked, rival
 from search.records import CONTROL, Row
-from search.space import free_axes
 from search.spec import Study
 from search.statistics import Interval, paired
 
@@ -26,6 +26,8 @@ _SEARCHED = ("#0072b2", "#56b4e9", "#e69f00", "#8c6d1f", "#7f3c8d")
 _CONTROLS = {
     "endpoint only": "#d55e00", "uniform": "#009e73", "paper": "#cc79a7", "gate": "#b8a100", "meta": "#8c6bb1",
 }  # fmt: skip
+_OTHER_CONTROLS = ("#17a2a2", "#a65628", "#6a994e", "#d6409f")
+"""Of controls that only some methods have, in the order of their trials."""
 _BAND_SDS = 2.0
 """Half the width of a noise band: of single runs that differ by their seed alone, 19 in 20 lie in it."""
 
@@ -48,7 +50,11 @@ class Colors:
 
     def __init__(self, rows: list[Row]) -> None:
         best = [name_of(row) for row in ranked(rows, searched_only=True)]
-        self._of = dict(zip(best, _SEARCHED, strict=False)) | _CONTROLS
+        controls = [name_of(row) for row in sorted(rows, key=lambda row: row.number) if row.is_control]
+        others = [name for name in dict.fromkeys(controls) if name not in _CONTROLS]
+        self._of = (
+            dict(zip(best, _SEARCHED, strict=False)) | _CONTROLS | dict(zip(others, _OTHER_CONTROLS, strict=False))
+        )
 
     def __getitem__(self, name: str) -> str:
         return self._of.get(name, OTHER)
@@ -59,7 +65,7 @@ class Colors:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Shares of one weighting's branches, first to last; where they change over training, their mean."""
+    """Shares of one weighting's terms, in their order; where they change over training, their mean."""
 
     number: int
     name: str
@@ -77,8 +83,10 @@ class Point:
     """One trial on the map: in the plane of two axes, or above a single one.
 
     Attributes:
+        x: a number, or of an axis of choices the place among them; likewise y.
         value: the final value; None for a trial that was stopped early, whose last score is of another budget.
         y: None on a map of one axis where there is no final value.
+        violates: whether it breaks a constraint, so that it is never the best.
     """
 
     x: float
@@ -86,6 +94,7 @@ class Point:
     value: float | None
     label: str
     is_control: bool
+    violates: bool = False
 
     @property
     def pruned(self) -> bool:
@@ -122,7 +131,10 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """One control's final scores: by training seed, and of its first student by evaluation seed (its own first)."""
+    """One control's final scores: by training seed, and of its first student by evaluation seed (its own first).
+
+    A control that trains nothing has one score for all training seeds.
+    """
 
     name: str
     training: tuple[float, ...]
@@ -136,18 +148,25 @@ def named(rows: list[Row]) -> list[Row]:
 
 
 def curves(rows: list[Row]) -> list[Curve]:
-    """The weights of all that is named, best first; but those that are learned in training."""
+    """The weights of all that is named and trained, best first; but those that are learned in training."""
     return [
         Curve(number=row.number, name=name_of(row), value=row.value, shares=row.shares, is_control=row.is_control)
         for row in named(rows)
-        if row.value is not None and row.rule == "fixed"
+        if row.value is not None and row.rule == "fixed" and row.is_trained
     ]
 
 
 def map_axes(study: Study) -> tuple[str, str]:
     """What the map shows along x and y: the first two searched axes, or a single one and the metric."""
-    axes = list(free_axes(study.spec.axes) or study.spec.axes)
+    axes = list(study.spec.searched or study.spec.axes)
     return (axes[0], axes[1]) if len(axes) > 1 else (axes[0], study.metric)
+
+
+def place(axis: Axis | None, value: object) -> float | None:
+    """Where a parameter's value stands along an axis: a number itself, a choice by its place among them; else None."""
+    if axis is not None and axis.choices:
+        return float(axis.choices.index(value)) if value in axis.choices else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def flat_axis(study: Study) -> str | None:
@@ -157,15 +176,28 @@ def flat_axis(study: Study) -> str | None:
 
 def points(study: Study, rows: list[Row]) -> list[Point]:
     """Every finished or pruned trial that has a place on the map."""
-    x, y = map_axes(study)
-    found = []
+    return _points(study, rows, *map_axes(study))
+
+
+def slices(study: Study, rows: list[Row]) -> dict[str, list[Point]]:
+    """Values over each searched setting of the method, for whatever has one; settings without any are left out."""
+    found = {name: _points(study, rows, name, study.metric) for name in study.spec.tuned}
+    return {name: drawn for name, drawn in found.items() if drawn}
+
+
+def _points(study: Study, rows: list[Row], x: str, y: str) -> list[Point]:
+    found, axes = [], study.spec.searched
     for row in rows:
-        if row.value is None or not {x, y} <= {*row.params, study.metric}:
-            continue
         value = row.value if row.state == "COMPLETE" else None
+        at = place(axes.get(x), row.params.get(x))
+        height = value if y == study.metric else place(axes.get(y), row.params.get(y))
+        if row.value is None or at is None or (height is None and y != study.metric):
+            continue
         found.append(
-            Point(x=row.params[x], y=row.params.get(y, value), value=value, label=name_of(row),
-                  is_control=row.is_control)
+            Point(
+                x=at, y=height, value=value, label=name_of(row), is_control=row.is_control,
+                violates=row.is_search and bool(row.violated),
+            )
         )  # fmt: skip
     return found
 
@@ -187,8 +219,8 @@ def traces(study: Study, rows: list[Row]) -> list[Trace]:
 
 
 def band(rows: list[Row]) -> Band | None:
-    """The noise around the best control wherever it is known; None where no control has two training seeds."""
-    row = rival(rows)
+    """The noise around the best trained control wherever it is known; None where none has two training seeds."""
+    row = rival(rows, trained_only=True)
     floors = {step: noise_floor(rows, step) for step in sorted(row.intermediate)} if row else {}
     known = {step: floor for step, floor in floors.items() if floor is not None}
     if row is None or not known:
@@ -206,12 +238,12 @@ def repeats(rows: list[Row]) -> list[Repeats]:
     """The fixed controls that ran on several seeds, best first: what the noise floor is of."""
     return [
         Repeats(
-            name=name_of(row), training=tuple(row.by_seed.values()),
+            name=name_of(row), training=tuple(row.by_seed.values())[: None if row.is_trained else 1],
             evaluation=(row.intermediate[row.last_step], *row.evaluations) if row.evaluations else (),
         )
         for row in ranked(rows)
         if row.is_control and row.rule == "fixed" and row.last_step is not None
-        if len(row.by_seed) > 1 or row.evaluations
+        if (row.is_trained and len(row.by_seed) > 1) or row.evaluations
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from statistics import mean
 
+from search.errors import NothingFinished
 from search.records import Row, count
 from search.scores import finished
 from search.spec import Study
@@ -27,13 +28,43 @@ _LUCK = 0.05
 def ranked(rows: list[Row], *, searched_only: bool = False) -> list[Row]:
     """Finished rows, best first; equal values by number.
 
+    Args:
+        searched_only: those alone that a search may choose: no controls, and none that violates a constraint.
+
     Raises:
         UnlikeProtocols: their values were not measured alike.
     """
     return sorted(
-        (row for row in finished(rows) if row.is_search or not searched_only),
+        (row for row in finished(rows) if not searched_only or (row.is_search and not row.violated)),
         key=lambda row: (row.value, row.number),
     )
+
+
+def infeasible(rows: list[Row]) -> list[Row]:
+    """Finished searched trials that violate a constraint, best value first: they are shown, and never chosen."""
+    return [row for row in ranked(rows) if row.is_search and row.violated]
+
+
+def choosable(name: str, rows: list[Row]) -> list[Row]:
+    """The searched trials of a study that may be confirmed or exported, best first; at least one.
+
+    Raises:
+        NothingFinished: there is none; the message says whether they are still to come, or violate a constraint.
+    """
+    if best := ranked(rows, searched_only=True):
+        return best
+    if refused := infeasible(rows):
+        raise NothingFinished(f"study {name!r}: {_all_refused(refused)}; loosen them in a new study, or search more")
+    counts = count(rows)
+    raise NothingFinished(
+        f"study {name!r} has no searched trial that ran to its end ({counts.running} running, "
+        f"{counts.waiting} waiting, {counts.failed} failed); run the launcher again, or wait for it"
+    )
+
+
+def _all_refused(refused: list[Row]) -> str:
+    names = ", ".join(dict.fromkeys(name for row in refused for name in row.violated))
+    return f"all searched trials that ran to their end ({len(refused)}) violate the study's constraints ({names})"
 
 
 def samples_at(study: Study, step: int) -> int | None:
@@ -51,7 +82,7 @@ def is_of_other_samples(study: Study, row: Row) -> bool:
     return samples_at(study, row.last_step) != samples_at(study, study.steps[-1])
 
 
-def rival(rows: list[Row]) -> Row | None:
+def rival(rows: list[Row], *, trained_only: bool = False) -> Row | None:
     """The best control by its mean over training seeds: what a searched trial has to beat.
 
     One that learns its weights is none: it is a candidate like the trials, only not searched for.
@@ -59,7 +90,8 @@ def rival(rows: list[Row]) -> Row | None:
     Raises:
         UnlikeProtocols: values of the rows were not measured alike.
     """
-    return min(_fixed_controls(rows), key=lambda row: mean(row.by_seed.values() or (row.value or 0.0,)), default=None)
+    controls = [row for row in _fixed_controls(rows) if row.is_trained or not trained_only]
+    return min(controls, key=lambda row: mean(row.by_seed.values() or (row.value or 0.0,)), default=None)
 
 
 def _fixed_controls(rows: list[Row]) -> list[Row]:
@@ -68,7 +100,10 @@ def _fixed_controls(rows: list[Row]) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
-    """How much the metric moves although the weights stay: the fixed controls at one kimg, pooled (docs/noise.md)."""
+    """How much the metric moves although the weights stay: the fixed controls at one kimg, pooled (docs/noise.md).
+
+    Controls that train nothing say nothing of training seeds, and have a part in `evaluation_sd` alone.
+    """
 
     step: int
     sd: float
@@ -99,13 +134,19 @@ class NoiseFloor:
             return Deviation(self.sd, self.df)
         return Deviation(self.paired_sd, self.paired_df)
 
-    def chance_of_best(self, gain: float, *, num_trials: int, num_seeds: int) -> float:
+    def beside(self, control: Row) -> Deviation:
+        """The noise of trials beside a control on their seeds: all of it, where the control shares no training."""
+        return self.shared if control.is_trained else Deviation(self.sd, self.df)
+
+    def chance_of_best(self, gain: float, *, num_trials: int, num_seeds: int, noise: Deviation | None = None) -> float:
         """How often the best of N trials would look at least so much better than a control that all of them equal.
 
         Args:
             gain: the control's value less the best trial's, each the mean over the same `num_seeds` seeds.
+            noise: `beside` that control; default: beside a trained one.
         """
-        return chance_of_best(gain, self.shared.sd / math.sqrt(num_seeds), self.shared.df, num_trials)
+        noise = noise or self.shared
+        return chance_of_best(gain, noise.sd / math.sqrt(num_seeds), noise.df, num_trials)
 
 
 def noise_floor(rows: list[Row], step: int | None = None) -> NoiseFloor | None:
@@ -113,7 +154,7 @@ def noise_floor(rows: list[Row], step: int | None = None) -> NoiseFloor | None:
     controls = _fixed_controls(rows)
     if step is None:
         step = max((row.last_step for row in controls if row.last_step is not None), default=0)
-    repeats = [scores for row in controls if len(scores := row.over_seeds(step)) > 1]
+    repeats = [scores for row in controls if row.is_trained and len(scores := row.over_seeds(step)) > 1]
     pooled = pooled_deviation(list(scores.values()) for scores in repeats)
     if pooled is None:
         return None
@@ -166,12 +207,15 @@ class Spread:
 
 
 def spreads(rows: list[Row]) -> list[Spread]:
-    """At the end, and, where trials were pruned before it, at the last kimg that all trials reached."""
-    complete = ranked(rows)
+    """At the end, and, where trials were pruned before it, at the last kimg that all trials reached.
+
+    What trains nothing is no weighting.
+    """
+    complete = _trained(ranked(rows))
     if len(complete) < 2:
         return []
     last = max(row.last_step or 0 for row in complete)
-    shown = [row for row in rows if row.state in ("COMPLETE", "PRUNED") and row.intermediate]
+    shown = [row for row in _trained(rows) if row.state in ("COMPLETE", "PRUNED") and row.intermediate]
     common = max(set.intersection(*(set(row.intermediate) for row in shown)), default=last)
     found = []
     for step in dict.fromkeys((last, common)):
@@ -181,6 +225,10 @@ def spreads(rows: list[Row]) -> list[Spread]:
             Spread(step=step, num_weightings=len(values), lowest=min(values), highest=max(values), floor=floor)
         )
     return found
+
+
+def _trained(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.is_trained]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +245,7 @@ class Rung:
 
 def rungs(study: Study, rows: list[Row]) -> list[Rung]:
     """The measured rank correlations with the final score, at each kimg at which trials are scored."""
-    ended = ranked(rows)
+    ended = _trained(ranked(rows))
     last = max((row.last_step or 0 for row in ended), default=0)
     steps = sorted({step for row in ended for step in (*row.intermediate, *row.surrogate)})
     return [
@@ -229,6 +277,8 @@ class Luck:
     num_seeds: int
     """Of a trial."""
     floor: NoiseFloor
+    noise: Deviation
+    """Of the trials beside that control."""
     chance: float
     """Share of studies in which the best of as many trials, all as good as the control, looks at least so good."""
 
@@ -249,7 +299,7 @@ def luck(study: Study, rows: list[Row]) -> Luck | None:
     if not best or beside is None or floor is None:
         return None
     gain = (beside.value or 0.0) - (best[0].value or 0.0)
-    num_trials, num_seeds = count(rows).counted, len(study.trial_seeds())
+    num_trials, num_seeds, noise = count(rows).counted, len(study.trial_seeds()), floor.beside(beside)
     return Luck(
         best=best[0],
         rival=beside,
@@ -257,13 +307,17 @@ def luck(study: Study, rows: list[Row]) -> Luck | None:
         num_trials=num_trials,
         num_seeds=num_seeds,
         floor=floor,
-        chance=floor.chance_of_best(gain, num_trials=num_trials, num_seeds=num_seeds),
+        noise=noise,
+        chance=floor.chance_of_best(gain, num_trials=num_trials, num_seeds=num_seeds, noise=noise),
     )
 
 
 def verdict(study: Study, rows: list[Row]) -> str:
     """What may be said of the best searched trial: beside the best control, better than luck or not."""
-    if not ranked(rows, searched_only=True) or rival(rows) is None:
+    best = ranked(rows, searched_only=True)
+    if not best and (refused := infeasible(rows)):
+        return _all_refused(refused)
+    if not best or rival(rows) is None:
         return "no trial to compare with a control yet"
     found = luck(study, rows)
     if found is None:

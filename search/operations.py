@@ -15,7 +15,7 @@ from bdense_core.errors import BadValue
 from search.lifecycle import Lease
 from search.owner import host_and_pid, is_dead_here
 from search.progress import clock
-from search.records import Counts, Row, count
+from search.records import Counts, Params, Row, count
 from search.spec import Study, mutable_values
 from search.storage import StudyStore
 
@@ -284,11 +284,11 @@ def edit(store: StudyStore, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
     }
 
 
-def propose(store: StudyStore, params: dict[str, float]) -> int:
+def propose(store: StudyStore, params: Params) -> int:
     """Queue a proposal of a person's own; the number of its trial.
 
     Raises:
-        BadValue: a parameter that the space does not have, lacks, or has within another range, or no search at all.
+        BadValue: a parameter that the study does not search, lacks, or has within another range, or no search at all.
     """
     _check_searches(store.study, "it takes no proposal")
     return store.enqueue(params)

@@ -12,6 +12,7 @@ from search.console import format_option, load_settings, print_table, storage_op
 from search.logs import say
 
 if TYPE_CHECKING:
+    from search.records import Params
     from search.settings import Settings
     from search.spec import Study
     from search.storage import StudyStore
@@ -66,7 +67,10 @@ def trials(name: str, storage: str | None, form: str, output: Path | None) -> No
 @click.command()
 @study_option
 @storage_option
-@click.option("--param", "given", metavar="NAME=VALUE", multiple=True, help="A parameter that the study searches.")
+@click.option(
+    "--param", "given", metavar="NAME=VALUE", multiple=True,
+    help="A parameter that the study searches, of its weights or of its tuned settings; repeatable.",
+)  # fmt: skip
 @click.option("--a", type=float, help="The same as --param a=VALUE: the slope, where the study has one.")
 @click.option("--b", type=float, help="The same as --param b=VALUE: the intercept, where the study searches it.")
 def enqueue(name: str, storage: str | None, given: tuple[str, ...], a: float | None, b: float | None) -> None:
@@ -184,21 +188,20 @@ def delete(name: str, storage: str | None, yes: bool) -> None:
 COMMANDS = (status, trials, enqueue, set_keys, pause, resume, stop, delete)
 
 
-def _params(given: list[str]) -> dict[str, float]:
-    """A proposal's parameters.
+def _params(given: list[str]) -> "Params":
+    """A proposal's parameters as text, which the study reads.
 
     Raises:
-        BadValue: one is no number, or is given twice.
+        BadValue: one has no value, or is given twice.
     """
-    params: dict[str, float] = {}
+    params: Params = {}
     for text in given:
         axis, _, value = text.partition("=")
         if axis in params:
-            raise BadValue(f"{axis} is given twice, as {params[axis]:g} and as {value}; give it once")
-        try:
-            params[axis] = float(value)
-        except ValueError as error:
-            raise BadValue(f"--param wants NAME=NUMBER, got {text!r}; for example --param a=1.4") from error
+            raise BadValue(f"{axis} is given twice, as {params[axis]} and as {value}; give it once")
+        if not value:
+            raise BadValue(f"--param wants NAME=VALUE, got {text!r}; for example --param a=1.4")
+        params[axis] = value
     return params
 
 

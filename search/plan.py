@@ -1,14 +1,16 @@
 """What a launch of a study would do and need, told before anything is started."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdense_core.integrity import read_metadata
+from bdense_core.methods.base import with_settings
 from bdense_core.network_config import NetworkConfig
 from search.catalogue import CATALOGUE
 from search.preflight import free_bytes, lacking_room
 from search.settings import Settings
-from search.spec import EvaluationSection, Study
+from search.spec import Arm, EvaluationSection, Study
 
 PAPER_TFLOPS = 59.0
 """The rate behind the paper's 44 minutes on one A100 for CIFAR-10 at NFE 2 (arXiv 2602.15971): 200,000 trajectories
@@ -16,22 +18,21 @@ of 18 forward passes and 50,000 samples of 2, each of 42.4 GFLOP. Not a measurem
 
 
 def plan(study: Study, settings: Settings) -> dict[str, Any]:
-    """Runs, network evaluations, disk and compute, JSON-able; an upper bound, since pruned trials stop early."""
-    method, spec = study.spec.method, study.spec
-    controls = study.controls()
-    runs = spec.budget.trials * len(study.trial_seeds()) + sum(len(seeds) for _, seeds, _ in study.fixed_runs())
-    teacher_units, student_units = method.forward_units()
-    images = method.budget_kimg * 1000
-    section = spec.evaluation or EvaluationSection()
-    early = section.early_samples or section.n_samples
-    scored = ((len(study.steps) - 1) * early + section.n_samples) * method.nfe if method.needs_teacher else 0
-    again = 0 if spec.comparison else (spec.seeds.evaluation_repeats - 1) * section.n_samples * method.nfe
-    learning = sum(method.learning_units(arm.rule) * images * len(seeds) for _, seeds, arm in study.fixed_runs())
-    teacher_passes = len(study.all_seeds()) if spec.cache.enabled else runs
+    """Runs, network evaluations, disk and compute, JSON-able.
+
+    An upper bound, since pruned trials stop early; of trials whose settings are tuned, with the study's own settings.
+    """
+    spec, controls = study.spec, study.controls()
+    trial = _cost(study, None)
+    fixed = [(len(seeds), _cost(study, arm)) for _, seeds, arm in study.fixed_runs()]
+    all_runs = [(spec.budget.trials * len(study.trial_seeds()), trial), *fixed]
+    runs = sum(count for count, _ in all_runs)
+    is_cached = spec.cache.enabled and spec.method.cache_bytes(1) > 0
+    teacher = sum(count * cost.teacher for count, cost in all_runs)
     evaluations = {
-        "teacher_cache": round(teacher_units * images) * teacher_passes,
-        "student_training": round(student_units * images) * runs + round(learning),
-        "student_scoring": scored * runs + (again * len(controls) if method.needs_teacher else 0),
+        "teacher_cache": max(cost.teacher for _, cost in all_runs) * len(study.all_seeds()) if is_cached else teacher,
+        "student_training": sum(count * cost.student for count, cost in all_runs),
+        "student_scoring": sum(count * cost.scores for count, cost in all_runs) + sum(cost.again for _, cost in fixed),
     }
     network = _network(study)
     return {
@@ -41,11 +42,40 @@ def plan(study: Study, settings: Settings) -> dict[str, Any]:
         "runs": runs,
         "scored_at_kimg": list(study.steps),
         "network_evaluations": evaluations,
-        "without_cache": {"teacher": round(teacher_units * images) * runs},
+        "without_cache": {"teacher": teacher},
         "disk": _disk(study, network, settings.cache),
-        "compute": _compute(study, network, evaluations, per_run=student_units * images + scored),
+        "compute": _compute(study, network, evaluations, per_run=trial.student + trial.scores),
         "missing": [*study.missing, *_room(study, network, settings), *_devices(study, settings)],
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """Network evaluations of one training run."""
+
+    teacher: int
+    student: int
+    scores: int
+    again: int
+    """Once for a trial: the last score on further evaluation seeds."""
+
+
+def _cost(study: Study, arm: Arm | None) -> _Cost:
+    """Of an arm, with its own settings; of a searched trial with the study's."""
+    spec = study.spec
+    method = with_settings(spec.method, arm.settings) if arm else spec.method
+    images = method.budget_kimg * 1000 if arm is None or arm.is_trained else 0.0
+    teacher, student = method.forward_units()
+    section = spec.evaluation or EvaluationSection()
+    early = section.early_samples or section.n_samples
+    *calls_early, calls_last = method.calls_to_score(spec.budget.every_kimg)
+    repeats = 0 if arm is None or spec.comparison else spec.seeds.evaluation_repeats - 1
+    return _Cost(
+        teacher=round(teacher * images),
+        student=round((student + (method.learning_units(arm.rule) if arm else 0.0)) * images),
+        scores=sum(calls_early) * early + calls_last * section.n_samples,
+        again=repeats * section.n_samples * method.nfe,
+    )
 
 
 def _network(study: Study) -> NetworkConfig | None:

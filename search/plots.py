@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from bdense_core.methods.base import Axis
 from search.comparison import Comparison
+from search.labels import term_labels, value_text
 from search.marks import (
     OTHER,
     Band,
@@ -40,7 +42,8 @@ Draw = Callable[[Figure], None]
 _INK, _GRID, _PAPER = "#1b1f25", "#d3d7dd", "#fefdfb"
 _ON_PAGE = {_INK: "currentColor", _GRID: "var(--rule)", _PAPER: "var(--paper)"}
 _DPI = 150
-_STOPPED = "stopped early"
+_STOPPED, _VIOLATES = "stopped early", "violates a constraint"
+_CROSSES = {_STOPPED: "x", _VIOLATES: "+"}
 _MAP = "viridis"
 """The better, the darker; even for the colour-blind, and in print."""
 _STYLE = {
@@ -88,16 +91,16 @@ def _save(size: tuple[float, float], draw: Draw, file: Any, *, salt: str = "", *
 # -- one study
 
 
-def draw_curves(axes: Any, rows: list[Row], *, log: bool = False, legend: bool = True) -> None:
-    """Shares by branch: the best trials with lines, the controls dashed."""
-    colors, branches = Colors(rows), [1]
+def draw_curves(axes: Any, study: Study, rows: list[Row], *, log: bool = False, legend: bool = True) -> None:
+    """Shares by loss term: the best trials with lines, the controls dashed."""
+    colors, (kind, names) = Colors(rows), term_labels(study.spec.method.terms)
+    places = range(len(names))
     for curve in curves(rows):
-        branches = list(range(1, len(curve.shares) + 1))
-        axes.plot(branches, curve.shares, label=curve.label, color=colors[curve.name], **_line(curve.is_control))
-    axes.set(xlabel="branch", ylabel="share", xticks=branches)
+        axes.plot(places, curve.shares, label=curve.label, color=colors[curve.name], **_line(curve.is_control))
+    axes.set(xlabel=kind, ylabel="share", xticks=places, xticklabels=names)
     if log:
         axes.set_title("on a logarithmic scale")
-        _log_scale(axes, subs=(1.0,))
+        _log_scale(axes, "y", subs=(1.0,))
     if legend:
         axes.legend()
 
@@ -109,15 +112,34 @@ def draw_map(axes: Any, study: Study, rows: list[Row]) -> None:
     if not drawn:
         axes.set_title("no trial has a place here yet")
     elif y == study.metric:
-        _draw_line_of_values(axes, study, rows, drawn)
+        _draw_line_of_values(axes, rows, drawn)
     else:
         _draw_plane(axes, study, drawn)
+    _scale_axis(axes, "x", study.spec.searched.get(x))
+    _scale_axis(axes, "y", study.spec.searched.get(y))
+
+
+def draw_slice(axes: Any, study: Study, rows: list[Row], name: str, drawn: list[Point]) -> None:
+    """The value over one searched setting."""
+    axes.set(xlabel=name, ylabel=study.metric)
+    _draw_line_of_values(axes, rows, drawn)
+    _scale_axis(axes, "x", study.spec.searched.get(name))
+
+
+def _scale_axis(axes: Any, which: str, axis: Axis | None) -> None:
+    """Choices by their names, and logarithmic where the search is."""
+    if axis is not None and axis.choices:
+        ticks = {f"{which}ticks": range(len(axis.choices)), f"{which}ticklabels": list(map(value_text, axis.choices))}
+        axes.set(**ticks, **{f"{which}lim": (-0.5, len(axis.choices) - 0.5)})
+    elif axis is not None and axis.log:
+        _log_scale(axes, which)
 
 
 def _draw_plane(axes: Any, study: Study, drawn: list[Point]) -> None:
     axes.margins(0.07)
-    _scatter_pruned(axes, [p for p in drawn if p.pruned])
-    if ended := [p for p in drawn if p.value is not None]:
+    _scatter_crosses(axes, [p for p in drawn if p.pruned], _STOPPED)
+    _scatter_crosses(axes, [p for p in drawn if not p.pruned and p.violates], _VIOLATES)
+    if ended := [p for p in drawn if p.value is not None and not p.violates]:
         _draw_values(axes, study, ended)
     if flat := flat_axis(study):
         _draw_flat_direction(axes, study, flat)
@@ -145,9 +167,10 @@ def _handles(drawn: list[Point]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     kinds = {
-        ("o", "ran to the end"): any(not p.pruned and not p.is_control for p in drawn),
+        ("o", "ran to the end"): any(not (p.pruned or p.violates or p.is_control) for p in drawn),
         ("D", "control"): any(p.is_control for p in drawn),
-        ("x", _STOPPED): any(p.pruned for p in drawn),
+        (_CROSSES[_STOPPED], _STOPPED): any(p.pruned for p in drawn),
+        (_CROSSES[_VIOLATES], _VIOLATES): any(p.violates and not p.pruned for p in drawn),
     }
     return [
         Line2D([], [], linestyle="", marker=marker, label=label, color=OTHER, markeredgecolor=OTHER)
@@ -164,32 +187,33 @@ def _draw_flat_direction(axes: Any, study: Study, flat: str) -> None:
     axes.set_title(f"dashed lines: equal shares, {flat} is flat")
 
 
-def _draw_line_of_values(axes: Any, study: Study, rows: list[Row], drawn: list[Point]) -> None:
+def _draw_line_of_values(axes: Any, rows: list[Row], drawn: list[Point]) -> None:
     colors, noise = Colors(rows), band(rows)
-    heights = [p.y for p in drawn if p.y is not None]
+    _scatter_crosses(axes, [p for p in drawn if not p.pruned and p.violates], _VIOLATES)
+    heights = [p.y for p in drawn if p.y is not None and not p.violates]
     handles = _handles(drawn)
     if noise is not None:
         color, label = colors[noise.name], f"{noise.name}, mean, ± 2 sd of a single run"
         axes.axhspan(noise.lows[-1], noise.highs[-1], color=color, alpha=0.16, linewidth=0)
         handles.append(axes.axhline(noise.means[-1], color=color, linestyle="--", label=label))
     for p in drawn:
-        if p.y is not None:
+        if p.y is not None and not p.violates:
             marker = "D" if p.is_control else "o"
             axes.scatter(
                 p.x, p.y, marker=marker, s=44, color=colors[p.label], edgecolors=_INK, linewidths=0.7, zorder=3
             )
             if p.is_control or p.y == min(heights):
                 axes.annotate(p.label, (p.x, p.y), (6, 6), textcoords="offset points", fontsize=8.5)
-    _scatter_pruned(axes, [p for p in drawn if p.pruned], y=min(heights, default=0.0))
+    _scatter_crosses(axes, [p for p in drawn if p.pruned], _STOPPED, y=min(heights, default=0.0))
     if log_is_better(heights):
-        _log_scale(axes)
+        _log_scale(axes, "y")
     axes.legend(handles=handles)
 
 
-def _scatter_pruned(axes: Any, group: list[Point], y: float | None = None) -> None:
+def _scatter_crosses(axes: Any, group: list[Point], what: str, y: float | None = None) -> None:
     if group:
         heights = [p.y if y is None else y for p in group]
-        axes.scatter([p.x for p in group], heights, marker="x", s=34, color=OTHER)
+        axes.scatter([p.x for p in group], heights, marker=_CROSSES[what], s=34, color=OTHER)
 
 
 def draw_traces(axes: Any, study: Study, rows: list[Row]) -> None:
@@ -211,7 +235,7 @@ def draw_traces(axes: Any, study: Study, rows: list[Row]) -> None:
     axes.set(xlabel="kimg", ylabel=study.metric)
     _whole_numbers(axes.xaxis)
     if log_is_better(value for trace in found for value in trace.values):
-        _log_scale(axes)
+        _log_scale(axes, "y")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
@@ -330,15 +354,16 @@ def _line(is_control: bool) -> dict[str, Any]:
     return {"linestyle": "--", "marker": "D", "markersize": 4.5} if is_control else {"marker": "o", "markersize": 4.5}
 
 
-def _log_scale(axes: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+def _log_scale(axes: Any, which: str, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     """A logarithmic axis with plain numbers, and few of them."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _whole_numbers(axis: Any) -> None:

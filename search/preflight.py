@@ -4,9 +4,11 @@ import math
 import shutil
 from pathlib import Path
 
+from bdense_core.dataset_names import DATASET_NAMES
 from bdense_core.errors import CacheError
 from bdense_core.integrity import cache_bytes, check_cache, check_file, read_metadata
 from bdense_core.network_config import NetworkConfig
+from search.errors import MissingFile
 from search.model_files import check_reference
 from search.settings import Settings
 from search.spec import Study
@@ -23,7 +25,10 @@ def preflight(study: Study, settings: Settings) -> None:
         CheckpointError: a file is damaged.
         EvaluationError: the reference was made with other features.
         CacheError: a shard is damaged, or the teacher cache cannot fit.
+        MissingFile: the data set is not where it was when the study was made.
     """
+    if study.dataset and study.dataset not in DATASET_NAMES and not Path(study.dataset).exists():
+        raise MissingFile(f"the data set {study.dataset} does not exist any more; put it back, or make a new study")
     if study.teacher:
         check_file(study.teacher)
         read_metadata(study.teacher.path)

@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from bdense_core.task import Event, Progress, Score
 from search import logs
+from search.labels import settings_text
 from search.metrics import Metrics
 from search.records import Claim, Counts, Row
 
@@ -110,7 +111,7 @@ class Board:
             self._durations = [row.duration_s / max(1, len(row.seeds)) for row in ended if row.duration_s]
             self._best = None
             for row in ended:
-                if row.state == "COMPLETE" and row.value is not None:
+                if row.state == "COMPLETE" and row.value is not None and not row.violated:
                     self._consider(row.value, f"trial {row.number} ({row.role})")
         self._metrics.refresh(rows)
 
@@ -120,7 +121,9 @@ class Board:
         with self._lock:
             self._lines[claim.number] = _Line(claim)
         self._metrics.started(claim)
-        self._follow("started", f"started, shares {_shares(claim)}", claim, weights=list(claim.weights))
+        settings = f", {settings_text(claim.settings)}" if claim.settings else ""
+        about = {"weights": list(claim.weights), "settings": claim.settings}
+        self._follow("started", f"started, shares {_shares(claim)}{settings}", claim, **about)
 
     def progressed(self, claim: Claim, result: dict[str, Any]) -> None:
         """A worker's event: `event`, `kimg`, `fraction`, and where it has them `phase`, `value`, `node`, `pid`,
@@ -152,7 +155,8 @@ class Board:
         values = {"kimg": kimg, "metric": self._metric, "value": value, "seed": seed, "seconds": round(seconds, 1)}
         self._follow("score", text, claim, **values)
 
-    def ended(self, claim: Claim, state: str, value: float) -> None:
+    def ended(self, claim: Claim, state: str, value: float, *, violated: Sequence[str] = ()) -> None:
+        """The trial ended well; one that misses constraints of the study is never the best."""
         with self._lock:
             line = self._lines.pop(claim.number, None)
             self._running.pop(claim.number, None)
@@ -160,12 +164,15 @@ class Board:
                 self._controls_done += 1
             else:
                 self._counted += 1
-            if state == "COMPLETE":
+            if state == "COMPLETE" and not violated:
                 self._consider(value, f"trial {claim.number} ({claim.role})")
             if line:
                 self._durations.append((time.monotonic() - line.started) / len(claim.seeds))
             best = [] if self._is_comparison else [f"best {self._best_text()}"]
-            text = f"{state} {self._metric} {value:.4g} | {', '.join([self._how_far(), *best, self._time_left()])}"
+            misses = f", which misses {', '.join(violated)}" if violated else ""
+            text = (
+                f"{state} {self._metric} {value:.4g}{misses} | {', '.join([self._how_far(), *best, self._time_left()])}"
+            )
         self._metrics.ended(claim)
         self._tell("ended", text, claim, line=line, state=state, metric=self._metric, value=value)
 

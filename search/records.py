@@ -6,6 +6,9 @@ from typing import Any
 
 from bdense_core.weights import Rule, Schedule, Weights, shares
 
+Params = dict[str, float | int | str | bool]
+"""A proposal: values of the axes of the weights and of the tuned settings, by name."""
+
 SEARCH = "search"
 CONTROL = "control:"
 ARM = "arm:"
@@ -22,6 +25,8 @@ class Claim:
     role: str
     weights: Weights
     seeds: tuple[int, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Values of the method's settings that take the place of the study's."""
     schedule: Schedule = ()
     rule: Rule = "fixed"
     reported: tuple[int, ...] = ()
@@ -39,15 +44,23 @@ class Row:
     number: int
     state: str
     role: str
-    params: dict[str, float]
+    params: Params
     weights: Weights
     seeds: tuple[int, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Values of the method's settings that took the place of the study's."""
+    is_trained: bool = True
+    """Whether the training seed mattered; not so of a control for which nothing is trained."""
     value: float | None
     intermediate: dict[int, float]
     repeats: tuple[tuple[int, int, float], ...]
     """Scores on further training seeds: (seed, kimg, value)."""
     surrogate: dict[int, float] = field(default_factory=dict)
     """The student's distance to its teacher on fixed noise, by kimg."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further figures of the trained student, by the method's names for them."""
+    violated: tuple[str, ...] = ()
+    """The study's constraints that it does not keep, by the figures' names. Such a trial is never the best."""
     evaluations: tuple[float, ...] = ()
     """The trained student's score on further evaluation seeds."""
     samples: str | None = None

@@ -4,10 +4,22 @@ from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
+from rich.markup import escape  # figures are called fd[guidance=1], for example
 from rich.table import Table
 
 from search import quality
-from search.noise import is_of_other_samples, noise_floor, noise_line, ranked, rungs, samples_at, spreads, verdict
+from search.labels import settings_text, term_labels, value_text
+from search.noise import (
+    infeasible,
+    is_of_other_samples,
+    noise_floor,
+    noise_line,
+    ranked,
+    rungs,
+    samples_at,
+    spreads,
+    verdict,
+)
 from search.records import Row, StudySummary
 from search.samplers import importances
 from search.space import log_linear_of
@@ -74,29 +86,70 @@ def _correlation(found: Correlation | None) -> str:
 
 
 def trial_table(store: StudyStore, rows: list[Row], *, top: int | None = 5, wide: bool = True) -> Table:
-    """The best trials and all controls, best first, and with `top` of None the pruned ones below.
+    """The best trials and all controls, best first; below them trials that violate a constraint, and with `top` of
+    None the pruned ones.
 
-    A narrow table leaves out what the weights say anyway, rather than cut a name short.
+    A narrow table leaves out what the weights say anyway, rather than cut a name short; what a trial violates then
+    stands for its role.
     """
-    best = ranked(rows, searched_only=True)
+    best, refused = ranked(rows, searched_only=True), infeasible(rows)
     controls = [row for row in rows if row.is_control and row.state in ("COMPLETE", "RUNNING")]
     pruned = [row for row in rows if row.state == "PRUNED"]
     shown = sorted([*best[:top], *controls], key=lambda row: (row.value is None, row.value, row.number))
     table = Table(title=f"{store.name}: {store.study.metric}, lower is better", title_justify="left")
     axes = list(store.study.spec.axes)
-    columns = ["trial", "role", *axes, "shares", store.study.metric, "mean over seeds", "state"]
-    kept = columns if wide else ["trial", "role", axes[0], "shares", store.study.metric]
+    listed = [*shown, *refused[:top], *(pruned if top is None else [])]
+    columns = ["trial", "role", *axes, "shares", "settings", store.study.metric, "mean over seeds", "state"]
+    settings = ["settings"] if any(row.settings for row in listed) else []
+    narrow = ["trial", "role", *([] if settings else axes[:1]), "shares", *settings, store.study.metric]
+    kept = [column for column in columns if column != "settings" or settings] if wide else narrow
+    longest = max((len(word) for row in listed for word in settings_text(row.settings).split()), default=0)
     for column in kept:
-        table.add_column(column, justify="left" if column in ("role", "shares", "state") else "right", no_wrap=True)
-    for row in [*shown, *(pruned if top is None else [])]:
+        is_left, is_long = column in ("role", "shares", "settings", "state"), column == "settings"
+        table.add_column(
+            column, justify="left" if is_left else "right", no_wrap=not is_long, min_width=longest if is_long else None
+        )
+    for row in listed:
         cells = dict(zip(columns, _cells(store.study, row, axes, wide=wide), strict=True))
-        style = "dim" if row.state == "PRUNED" else None if row.is_search else "cyan"
+        style = "cyan" if not row.is_search else "dim" if row.state == "PRUNED" or row.violated else None
         table.add_row(*(cells[column] for column in kept), style=style)
-    hidden = len(best) - len(best[:top])
+    hidden = len(best) + len(refused) - len(best[:top]) - len(refused[:top])
     table.caption = noise_line(noise_floor(rows))
     if top is not None and (hidden or pruned):
         table.caption += f"\nnot shown: {hidden} more that ran to the end, {len(pruned)} pruned"
     return table
+
+
+def metrics_table(study: Study, rows: list[Row], *, top: int | None = 5) -> Table | None:
+    """The figures beside the metric, of the best trials, the controls and what violates a constraint; None without any.
+
+    They are of each run's first training seed.
+    """
+    refused = infeasible(rows)[:top]
+    chosen = {row.number for row in (*ranked(rows, searched_only=True)[:top], *refused)}
+    shown = [row for row in ranked(rows) if row.metrics and (row.is_control or row.number in chosen)]
+    if not shown:
+        return None
+    meanings = study.spec.method.metrics()
+    names = list(dict.fromkeys([*meanings, *(name for row in shown for name in row.metrics)]))
+    names = [name for name in names if any(name in row.metrics for row in shown)]
+    table = Table(title=f"{study.name}: further figures", title_justify="left", caption_justify="left")
+    lines = [f"{name}: {meanings[name]}{_bounds(study, name)}" for name in names if name in meanings]
+    table.caption = escape("\n".join(lines))
+    for column in ("trial", "role", *map(escape, names)):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    for row in shown:
+        style = "cyan" if row.is_control else "dim" if row.violated else None
+        table.add_row(str(row.number), row.role, *(_number(row.metrics.get(name)) for name in names), style=style)
+    return table
+
+
+def _bounds(study: Study, name: str) -> str:
+    """What the study asks of a figure."""
+    if (asked := study.spec.constraints.get(name)) is None:
+        return ""
+    bounds = [("at least", asked.min), ("at most", asked.max)]
+    return " (has to be " + " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None) + ")"
 
 
 def _cells(study: Study, row: Row, axes: list[str], *, wide: bool) -> tuple[str, ...]:
@@ -105,11 +158,14 @@ def _cells(study: Study, row: Row, axes: list[str], *, wide: bool) -> tuple[str,
         value, state = f"({value})", f"PRUNED at {row.last_step} kimg"
         if is_of_other_samples(study, row):
             value, state = "", f"{state} with {_number(row.value)} on {samples_at(study, row.last_step)} samples"
+    if row.violated:
+        state = escape(f"violates {', '.join(row.violated)}")
     return (
         str(row.number),
-        row.role,
-        *(_number(row.params.get(axis)) for axis in axes),
-        " ".join(f"{share:.3f}" if wide else f"{share:.2f}" for share in row.shares),
+        state if row.violated and row.is_search and not wide else row.role,
+        *(value_text(row.params[axis]) if axis in row.params else "" for axis in axes),
+        " ".join(f"{share:.3f}" if wide else f"{share:.2f}" for share in row.shares if row.is_trained),
+        escape(settings_text(row.settings)),
         value,
         _over_seeds(row),
         state,
@@ -121,7 +177,8 @@ def curve_of(study: Study, row: Row) -> tuple[float, float] | None:
     if row.schedule:
         return None
     if row.is_search and row.params:
-        return study.spec.space.curve(row.params, study.num_branches)
+        of_weights = {axis: float(row.params[axis]) for axis in study.spec.axes}
+        return study.spec.space.curve(of_weights, study.num_branches)
     return log_linear_of(row.weights, index_origin=study.spec.space.index_origin)
 
 
@@ -142,13 +199,14 @@ def importance_line(shares_of_axes: dict[str, float], num_finished: int) -> str:
     return line
 
 
-def curve_table(row: Row) -> Table:
-    """The weight curve of one trial, branch by branch."""
+def curve_table(study: Study, row: Row) -> Table:
+    """The weight curve of one trial, term by term."""
+    kind, names = term_labels(study.spec.method.terms)
     table = Table(title=f"weights of trial {row.number} ({row.role})", title_justify="left")
-    for column in ("branch", "weight", "share", ""):
+    for column in (kind, "weight", "share", ""):
         table.add_column(column, justify="left" if not column else "right")
-    for branch, (weight, share) in enumerate(zip(row.weights, row.shares, strict=True), start=1):
-        table.add_row(str(branch), f"{weight:.6g}", f"{share:.4f}", "█" * round(40 * share))
+    for name, weight, share in zip(names, row.weights, row.shares, strict=True):
+        table.add_row(name, f"{weight:.6g}", f"{share:.4f}", "█" * round(40 * share))
     return table
 
 
@@ -173,6 +231,8 @@ def show_object(store: StudyStore, rows: list[Row]) -> dict[str, Any]:
         "study": store.name,
         "directions": ["minimize"],
         "metric": store.study.metric,
+        "metrics": store.study.spec.method.metrics(),
+        "terms": list(store.study.spec.method.terms),
         "noise_floor": None if floor is None else asdict(floor),
         "rungs": [asdict(rung) for rung in rungs(store.study, rows)],
         "verdict": verdict(store.study, rows),
@@ -182,7 +242,8 @@ def show_object(store: StudyStore, rows: list[Row]) -> dict[str, Any]:
 
 
 def trial_object(study: Study, row: Row) -> dict[str, Any]:
-    """A trial as programs read it: `params` are the family's, `a` and `b` the log-linear ones of the same weights.
+    """A trial as programs read it: `params` are the family's and the tuned settings', `a` and `b` the log-linear ones
+    of the same weights, `metrics` the figures beside the metric.
 
     What was pruned at an early score of other samples has no value, nor any by seed; `intermediate` has its scores.
     """
@@ -197,6 +258,8 @@ def trial_object(study: Study, row: Row) -> dict[str, Any]:
         "b": b,
         "weights": list(row.weights),
         "shares": list(row.shares),
+        "settings": row.settings,
+        "is_trained": row.is_trained,
         "schedule": [[list(weights) for weights in intervals] for intervals in row.schedule],
         "rule": row.rule,
         "shares_learned": list(row.shares_learned),
@@ -205,6 +268,8 @@ def trial_object(study: Study, row: Row) -> dict[str, Any]:
         "intermediate": {str(step): value for step, value in sorted(row.intermediate.items())},
         "surrogate": {str(step): value for step, value in sorted(row.surrogate.items())},
         "evaluations": list(row.evaluations),
+        "metrics": row.metrics,
+        "violated": list(row.violated),
         "seeds": list(row.seeds),
         "by_seed": {} if is_other else {str(seed): value for seed, value in row.by_seed.items()},
         "repeats": [list(score) for score in row.repeats],

@@ -19,8 +19,7 @@ from search.console import (
 from search.logs import say
 
 if TYPE_CHECKING:
-    from bdense_core.weights import Weights
-    from search.spec import Study
+    from search.spec import Arm, Study
 
 _path = click.Path(path_type=Path)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -28,10 +27,10 @@ _file = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.argument("file", metavar="STUDY.yaml", type=_path)
-@click.option("--a", type=float, help="Slope of w_k = exp(a k + b).")
+@click.option("--a", type=float, help="Slope of w_k = exp(a k + b), k along the method's loss terms.")
 @click.option("--b", type=float, help="Intercept, at least -5.")
 @click.option("--weights", metavar="W1,...,WK", help="The weights themselves, instead of --a and --b.")
-@click.option("--control", metavar="NAME", help="A control's weights, such as endpoint_only.")
+@click.option("--control", metavar="NAME", help="A control, such as endpoint_only: its weights and its settings.")
 @click.option("--seed", type=int, help="Training seed; default: the study's.")
 @click.option("--output", required=True, type=_path, help="A folder for the student, its samples and its scores.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the file; repeatable.")
@@ -54,13 +53,14 @@ def distill(
 
     settings = load_settings()
     study = load_study(file, overrides=overrides, models=settings.models)
-    chosen = _weights(study, a, b, weights, control)
+    chosen = _chosen(study, a, b, weights, control)
     use_threads(int(study.spec.resources.cpus))
     from search.single import distill as run
 
     result = run(study, chosen, settings, output=output, seed=seed, device=device)
     if form == "yaml":
-        result = {key: result[key] for key in ("metric", "value", "scores", "shares", "seed", "nfe", "last_session_s")}
+        shown = ("metric", "value", "metrics", "scores", "shares", "settings", "seed", "nfe", "last_session_s")
+        result = {key: result[key] for key in shown if result.get(key) not in ({}, None)}
     print_values(result, form)
     say(f"in {output}: student.safetensors, samples.png, result.json")
 
@@ -149,18 +149,19 @@ def fid(
 COMMANDS = (distill, sample, fid)
 
 
-def _weights(study: "Study", a: float | None, b: float | None, weights: str | None, control: str | None) -> "Weights":
-    """The one way in which weights were given.
+def _chosen(study: "Study", a: float | None, b: float | None, weights: str | None, control: str | None) -> "Arm":
+    """What is to be run, in the one way in which weights were given.
 
     Raises:
         BadValue: none or several ways, an unknown control, or not numbers.
     """
     from bdense_core.weights import MIN_INTERCEPT, checked, log_linear
+    from search.spec import Arm
 
     given = sum(value is not None for value in (a, weights, control))
     if given != 1 or (a is None) != (b is None):
         raise BadValue("give the weights in one way: --a A --b B, or --weights W1,...,WK, or --control NAME")
-    num_branches, controls = study.num_branches, {name: arm.weights for name, arm in study.controls().items()}
+    num_terms, controls = study.num_branches, study.controls()
     if control is not None:
         if control not in controls:
             raise BadValue(f"there is no control {control!r}; known are {', '.join(controls)}")
@@ -170,11 +171,13 @@ def _weights(study: "Study", a: float | None, b: float | None, weights: str | No
             raise BadValue(f"--a and --b must be finite numbers, got {a:g} and {b:g}")
         if b < MIN_INTERCEPT:
             raise BadValue(f"--b is {b:g}, below the paper's limit of {MIN_INTERCEPT:g}; give more")
-        return log_linear(a, b, num_branches, index_origin=study.spec.space.index_origin)
+        line = log_linear(a, b, num_terms, index_origin=study.spec.space.index_origin)
+        return Arm(name="given", weights=line)
     try:
         numbers = tuple(float(part) for part in (weights or "").split(","))
     except ValueError as error:
-        raise BadValue(f"--weights is {weights!r}; give {num_branches} numbers with commas between them") from error
-    if len(numbers) != num_branches:
-        raise BadValue(f"--weights has {len(numbers)} numbers; this method has {num_branches} branches")
-    return checked(numbers)
+        raise BadValue(f"--weights is {weights!r}; give {num_terms} numbers with commas between them") from error
+    if len(numbers) != num_terms:
+        terms = ", ".join(study.spec.method.terms)
+        raise BadValue(f"--weights has {len(numbers)} numbers; this method has {num_terms} loss terms: {terms}")
+    return Arm(name="given", weights=checked(numbers))

@@ -8,18 +8,20 @@ import random
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from bdense_core.files import sha256_of
-from search.records import SEARCH
-from search.space import free_axes
+from bdense_core.methods.base import Axis
+from search import tuning
+from search.records import SEARCH, Params
 from search.spec import SamplerSection, Study
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -119,13 +121,21 @@ def _with_value(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _best_of(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The best few as TPE ranks them: pruned trials below the finished ones, by how far they came."""
+    """The best few as TPE ranks them: pruned trials below the finished ones, by how far they came; below all of them
+    those that miss a constraint, by how far they miss it."""
 
-    def rank(trial: FrozenTrial) -> tuple[float, float]:
+    def rank(trial: FrozenTrial) -> tuple[float, float, float]:
+        if excess := _excess(trial):
+            return excess, 0.0, 0.0
         progress = -math.inf if trial.state == TrialState.COMPLETE else -(trial.last_step or 0)
-        return progress, trial.value or 0.0
+        return 0.0, progress, trial.value or 0.0
 
     return heapq.nsmallest(_BEST, trials, key=rank)
+
+
+def _excess(trial: FrozenTrial) -> float:
+    """By how much a trial misses its study's constraints, together; pruned trials have none."""
+    return sum(excess for excess in trial.constraints.values() if excess > 0)
 
 
 class _View:
@@ -153,7 +163,8 @@ class GaussianProcess(RandomSampler):
     By itself it knows running trials, but fails on controls without parameters, and forgets pruned trials: it would
     propose the same hopeless point again. Here a pruned trial counts with its last value, at most the worst finished
     one's; with the latter where early scores are of other samples, and so no values to compare. Of many ended trials
-    the best stay, and an even selection of the others.
+    the best stay, and an even selection of the others. Of constraints a pruned trial says nothing: it counts with the
+    mean of the others' values, which is what the process expects where it knows nothing.
     """
 
     def __init__(self, startup_trials: int, seed: int, *, early_is_other: bool) -> None:
@@ -166,10 +177,22 @@ class GaussianProcess(RandomSampler):
     ) -> dict[str, Any]:
         known = [t for t in _all_trials(study) if _is_inside(t, search_space)]
         values = _values_of_ended(known, early_is_other=self._early_is_other)
-        points = [_point(t, search_space, values[t.number]) for t in _selection(known, values)]
+        selected = _selection(known, values)
+        middle = _mean_constraints(selected)
+        points = [_point(t, search_space, values[t.number], constraints=t.constraints or middle) for t in selected]
         running = [_point(t, search_space, None) for t in known if t.state == TrialState.RUNNING]
         view = _study_of([*points, *running, create_trial(state=TrialState.RUNNING)])
         return self._gp.sample_relative(view, view.get_trials(deepcopy=False)[-1], search_space)
+
+
+class NumbersAlone(CmaEsSampler):
+    """Optuna's CMA-ES on the axes that are numbers; choices are drawn at random."""
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        numbers = {name: axis for name, axis in search_space.items() if not isinstance(axis, CategoricalDistribution)}
+        return super().sample_relative(study, trial, numbers)
 
 
 class Grid(RandomSampler):
@@ -180,9 +203,13 @@ class Grid(RandomSampler):
     such points as done, and calls `Study.stop`, which works inside of `optimize` alone.)
     """
 
-    def __init__(self, num_points: int, seed: int) -> None:
+    def __init__(self, along: dict[str, list[tuning.Setting]], seed: int) -> None:
+        """
+        Args:
+            along: the points of each axis.
+        """
         super().__init__(seed=seed)
-        self._num_points = num_points
+        self._along = along
         self._order = random.Random(seed)
 
     def sample_relative(
@@ -191,42 +218,38 @@ class Grid(RandomSampler):
         rows: dict[tuple[Any, ...], list[bool]] = defaultdict(list)
         for t in _all_trials(study):
             if _is_searched(t) and _is_inside(t, search_space):
-                rows[tuple(t.params[name] for name in search_space)].append(t.state != TrialState.FAIL)
-        points = list(itertools.product(*(self._along(axis) for axis in search_space.values())))
+                rows[tuple(t.params[name] for name in self._along)].append(t.state != TrialState.FAIL)
+        points = list(itertools.product(*self._along.values()))
         self._order.shuffle(points)
         chosen = min(points, key=lambda point: (any(rows[point]), len(rows[point])))
-        return dict(zip(search_space, chosen, strict=True))
-
-    def _along(self, axis: BaseDistribution) -> list[float]:
-        assert isinstance(axis, FloatDistribution)
-        points: list[float] = np.linspace(axis.low, axis.high, self._num_points).tolist()
-        return points
+        return dict(zip(self._along, chosen, strict=True))
 
 
 def make_sampler(study: Study) -> BaseSampler:
     """The study file's sampler. What it knows is in the study: keeping it saves time and changes nothing."""
-    section, ended = study.spec.sampler, Ended()
-    is_other = study.early_is_other  # TPE needs not know: it ranks pruned trials below all finished ones
-    return DeclaredSpace(lambda seed: _inner(section, seed, ended, is_other), section.seed, _declared(study))
+    ended, seed = Ended(), study.spec.sampler.seed
+    return DeclaredSpace(lambda own: _inner(study, own, ended), seed, _declared(study))
 
 
-def _inner(section: SamplerSection, seed: int, ended: Ended, early_is_other: bool) -> BaseSampler:
-    """The sampler of one trial; `seed` is that trial's own, `section.seed` the whole study's."""
-    startup = section.startup_trials
+def _inner(study: Study, seed: int, ended: Ended) -> BaseSampler:
+    """The sampler of one trial; `seed` is that trial's own, the section's the whole study's."""
+    section: SamplerSection = study.spec.sampler
+    startup, early_is_other = section.startup_trials, study.early_is_other
     match section.kind:
-        case "tpe":
+        case "tpe":  # it needs not know of other samples: it ranks pruned trials below all finished ones
             return TreeParzen(startup, seed, ended)
         case "gp":
             return GaussianProcess(startup, seed, early_is_other=early_is_other)
         case "cmaes":
-            return CmaEsSampler(
+            return NumbersAlone(
                 n_startup_trials=startup, consider_pruned_trials=not early_is_other, seed=seed,
                 warn_independent_sampling=False,
             )  # fmt: skip
         case "qmc":  # one sequence, scrambled alike for all trials; Optuna counts its points in the study
             return QMCSampler(qmc_type="sobol", scramble=True, seed=_seed(section.seed))
         case "grid":
-            return Grid(section.grid_points, section.seed)
+            along = {name: tuning.grid(axis, section.grid_points) for name, axis in study.spec.searched.items()}
+            return Grid(along, section.seed)
         case "random":
             return RandomSampler(seed=seed)
 
@@ -286,12 +309,12 @@ def _pruner(study: Study) -> BasePruner:
 def importances(optuna_study: optuna.Study, study: Study) -> dict[str, float]:
     """What each searched axis had to do with a trial being among the best tenth; the most important first, sum 1.
 
-    By Optuna's own evaluator (PED-ANOVA) on the searched trials that finished. Empty where a single axis is searched,
-    or fewer than four of them have.
+    By Optuna's own evaluator (PED-ANOVA) on the searched trials that finished and keep the constraints. Empty where a
+    single axis is searched, or fewer than four of them have.
     """
     space = _declared(study)
     complete = optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    finished = [t for t in complete if _is_searched(t) and _is_inside(t, space)]
+    finished = [t for t in complete if _is_searched(t) and _is_inside(t, space) and not _excess(t)]
     if len(space) < 2 or len(finished) < _FEWEST_FINISHED:
         return {}
     view = _study_of([_point(t, space, t.value) for t in finished])
@@ -301,9 +324,33 @@ def importances(optuna_study: optuna.Study, study: Study) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def suggest(trial: Trial, study: Study) -> Params:
+    """A proposal's parameters: of the weights, single points among them, and of the settings that are tuned."""
+    weights = {name: trial.suggest_float(name, low, high) for name, (low, high) in study.spec.axes.items()}
+    return {**weights, **{name: _suggested(trial, name, axis) for name, axis in study.spec.tuned.items()}}
+
+
+def _suggested(trial: Trial, name: str, axis: Axis) -> tuning.Setting:
+    if axis.choices:
+        chosen: tuning.Setting = trial.suggest_categorical(name, axis.choices)  # type: ignore[assignment]
+        return chosen
+    if axis.integer:
+        return trial.suggest_int(name, int(axis.low), int(axis.high), log=axis.log)
+    return trial.suggest_float(name, axis.low, axis.high, log=axis.log)
+
+
 def _declared(study: Study) -> dict[str, BaseDistribution]:
     """The searched axes of a study; one that is a single point is nothing to search."""
-    return {name: FloatDistribution(low, high) for name, (low, high) in free_axes(study.spec.axes).items()}
+    return {name: _distribution(axis) for name, axis in study.spec.searched.items()}
+
+
+def _distribution(axis: Axis) -> BaseDistribution:
+    """As `suggest` asks for it: Optuna wants the very same of a parameter in all trials."""
+    if axis.choices:
+        return CategoricalDistribution(axis.choices)
+    if axis.integer:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
 def _is_searched(trial: FrozenTrial) -> bool:
@@ -312,7 +359,14 @@ def _is_searched(trial: FrozenTrial) -> bool:
 
 def _is_inside(trial: FrozenTrial, space: dict[str, BaseDistribution]) -> bool:
     """Controls may have no parameters, and people's own proposals may lie outside of the ranges."""
-    return all(name in trial.params and axis._contains(trial.params[name]) for name, axis in space.items())
+    return all(name in trial.params and _contains(axis, trial.params[name]) for name, axis in space.items())
+
+
+def _contains(axis: BaseDistribution, value: Any) -> bool:
+    try:
+        return axis._contains(axis.to_internal_repr(value))
+    except ValueError:
+        return False  # no such choice
 
 
 def _seed(*numbers: int) -> int:
@@ -348,12 +402,25 @@ def _selection(trials: Sequence[FrozenTrial], values: dict[int, float]) -> list[
     return ended[:half] + [ended[i] for i in np.linspace(half, len(ended) - 1, half, dtype=int)]
 
 
-def _point(trial: FrozenTrial, space: dict[str, BaseDistribution], value: float | None) -> FrozenTrial:
+def _mean_constraints(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """The mean of each constraint's values over the trials that have them."""
+    known = [t.constraints for t in trials if t.constraints]
+    return {key: fmean(constraints[key] for constraints in known) for key in (known[0] if known else ())}
+
+
+def _point(
+    trial: FrozenTrial,
+    space: dict[str, BaseDistribution],
+    value: float | None,
+    *,
+    constraints: dict[str, float] | None = None,
+) -> FrozenTrial:
     """A trial's parameters with a value; without one, a running trial."""
     state = TrialState.RUNNING if value is None else TrialState.COMPLETE
     return create_trial(
-        state=state, value=value, params={name: trial.params[name] for name in space}, distributions=space
-    )
+        state=state, value=value, params={name: trial.params[name] for name in space}, distributions=space,
+        constraints=constraints or None,
+    )  # fmt: skip
 
 
 def _study_of(trials: Sequence[FrozenTrial]) -> optuna.Study:

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 from sqlalchemy.exc import SQLAlchemyError
 
 from bdense_core.errors import BadValue, BDenseError, CheckpointError
+from bdense_core.methods.base import with_settings
 from search.checkpoints import Checkpoints
 from search.errors import LeaseLost, StorageError
 from search.nodes import NodeCheck
@@ -123,9 +124,10 @@ class Conductor:
             claim.weights, claim.seeds[0], cache_root=self._cache_root, schedule=claim.schedule, rule=claim.rule,
             is_search=claim.is_search,
         )  # fmt: skip
+        method = with_settings(study.spec.method, claim.settings)
         location = self._checkpoints.location(self._store.key, claim.origin) if self._checkpoints else None
         return {
-            "trial": payload(study.spec.method, task, claim.seeds, checkpoint=location, code=source_fingerprint()),
+            "trial": payload(method, task, claim.seeds, checkpoint=location, code=source_fingerprint()),
             "threads": self._threads,
         }
 
@@ -169,9 +171,11 @@ class Conductor:
 
     def _complete(self, tune_id: str, claim: Claim, result: dict[str, Any], about: dict[str, Any]) -> None:
         about |= {key: result[key] for key in _OF_THE_LAST_SCORE if result.get(key)}
+        if metrics := dict(result["metrics"]):
+            about["metrics"] = metrics
         value = self._mean_over_seeds(claim, float(result["value"]), result["repeats"])
         self._trials.complete(claim.number, value, **about)
-        self._board.ended(claim, "COMPLETE", value)
+        self._board.ended(claim, "COMPLETE", value, violated=self._store.study.violations(metrics))
         self._end(tune_id)
         self._failures = 0.0
 

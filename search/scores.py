@@ -1,7 +1,7 @@
 """Scores by weighting and training seed, of one protocol by construction: the only door to a comparison."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from search.errors import UnlikeProtocols
 from search.records import CONTROL, Row, last_of_chains
@@ -17,6 +17,8 @@ class Scores:
     """Hash of what the values may be compared with."""
     values: dict[str, dict[int, float]]
     """Arm, or control of a search -> training seed -> value."""
+    metrics: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """Of a comparison: further figure -> arm -> training seed -> value."""
 
     @classmethod
     def of(cls, study: Study, rows: list[Row]) -> "Scores":
@@ -26,12 +28,15 @@ class Scores:
             UnlikeProtocols: a row has a value of another protocol than the study's.
         """
         values: dict[str, dict[int, float]] = {}
+        metrics: dict[str, dict[str, dict[int, float]]] = {}
         for row in finished(last_of_chains(rows), protocol=study.protocol_hash()):
             if row.arm is not None and row.value is not None:
                 values.setdefault(row.arm, {})[row.seeds[0]] = row.value
+                for name, figure in row.metrics.items():
+                    metrics.setdefault(name, {}).setdefault(row.arm, {})[row.seeds[0]] = figure
             elif row.is_control:
                 values.setdefault(row.role.removeprefix(CONTROL), {}).update(row.by_seed)
-        return cls(metric=study.metric, protocol=study.protocol_hash(), values=values)
+        return cls(metric=study.metric, protocol=study.protocol_hash(), values=values, metrics=metrics)
 
 
 def finished(rows: Iterable[Row], *, protocol: str | None = None) -> list[Row]:

@@ -12,13 +12,14 @@ import torch
 from bdense_core.devices import check_device
 from bdense_core.errors import BadValue, BDenseError
 from bdense_core.files import sha256_of_file, write_text_atomically
+from bdense_core.methods.base import with_settings
 from bdense_core.task import Score
-from bdense_core.weights import Weights, shares
+from bdense_core.weights import shares
 from search.judging import draw_samples
 from search.preflight import preflight
 from search.progress import Meter
 from search.settings import Settings
-from search.spec import Study, identity_of
+from search.spec import Arm, Study, identity_of
 from search.version import PACKAGES, code_version, package_version
 
 _OURS = {"student.safetensors", "samples.png", "result.json", "snapshots"}
@@ -27,15 +28,19 @@ _SHOWN = 64
 
 
 def distill(
-    study: Study, weights: Weights, settings: Settings, *, output: Path, seed: int | None, device: str | None
+    study: Study, arm: Arm, settings: Settings, *, output: Path, seed: int | None, device: str | None
 ) -> dict[str, Any]:
     """One distillation of a study, in a folder: `student.safetensors`, `samples.png`, `result.json`.
+
+    Args:
+        arm: the weights, and settings of the method that take the place of the study's.
 
     Raises:
         BDenseError: whatever stopped it; run again, it goes on from its last snapshot.
     """
-    if not study.spec.method.needs_teacher:
-        raise BadValue(f"method {study.spec.method.kind} trains no network; there is nothing to distil")
+    weights, method = arm.weights, with_settings(study.spec.method, arm.settings)
+    if not method.needs_teacher or not arm.is_trained:
+        raise BadValue(f"{arm.name} of the method {method.kind} trains no network; there is nothing to distil")
     task = study.task(weights, study.spec.seeds.training if seed is None else seed, cache_root=settings.cache)
     task = dataclasses.replace(
         task,
@@ -47,6 +52,7 @@ def distill(
     asked = {
         "study": identity_of(study.to_dict()),
         "weights": list(weights),
+        **({"settings": dict(arm.settings)} if arm.settings else {}),
         "seed": task.seed,
         "device": task.device.partition(":")[0],
     }
@@ -57,19 +63,20 @@ def distill(
     begin = time.monotonic()
     torch.set_num_threads(max(1, int(study.spec.resources.cpus)))  # as a trial of the study: the same value
     resumes = any((output / "snapshots").glob("snapshot-*"))
-    with Meter(study.metric, images=study.spec.method.budget_kimg * 1000, resumes=resumes) as meter:
-        events = meter.watch(study.spec.method.run(task))
-        scores = [(event.kimg, event.value) for event in events if isinstance(event, Score)]
+    with Meter(study.metric, images=method.budget_kimg * 1000, resumes=resumes) as meter:
+        scores = [event for event in meter.watch(method.run(task)) if isinstance(event, Score)]
     assert task.output is not None and study.evaluation is not None
     result = {
         "schema": "bdense-run/1",
         "metric": study.metric,
-        "value": scores[-1][1],
-        "scores": [{"kimg": kimg, "value": value} for kimg, value in scores],
+        "value": scores[-1].value,
+        "metrics": scores[-1].metrics,
+        "scores": [{"kimg": score.kimg, "value": score.value} for score in scores],
         "weights": list(weights),
+        "settings": dict(arm.settings),
         "shares": list(shares(weights)),
         "seed": task.seed,
-        "nfe": study.spec.method.nfe,
+        "nfe": method.nfe,
         "student": {"path": task.output, "sha256": sha256_of_file(Path(task.output))},
         "protocol": study.evaluation.protocol.to_dict(),
         "device": task.device,

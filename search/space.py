@@ -8,16 +8,17 @@ every study runs it as a control.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import count, pairwise, takewhile
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from bdense_core.errors import BadValue
 from bdense_core.weights import MIN_INTERCEPT, Schedule, Weights, checked, log_linear, shares
 
-Params = dict[str, float]
+Params = Mapping[str, Any]
+"""Values of the axes by name. Others may stand beside them, of the settings that a study tunes."""
 Axes = dict[str, tuple[float, float]]
 
 DEFAULT_FAMILY = "log_linear"
@@ -35,8 +36,21 @@ def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
 Range = Annotated[tuple[float, float], AfterValidator(_rising)]
 
 
+def _number_of_ranges(given: Any) -> str:
+    return (
+        "each" if isinstance(given, list | tuple) and any(isinstance(part, list | tuple) for part in given) else "one"
+    )
+
+
+Ranges = Annotated[
+    Annotated[Range, Tag("one")] | Annotated[tuple[Range, ...], Tag("each")], Discriminator(_number_of_ranges)
+]
+"""One range for all axes of a kind, or one for each."""
+
+
 class Family(BaseModel, ABC):
-    """What every family of weights offers. K is the method's number of branches, J that of its trained intervals."""
+    """What every family of weights offers. K is the method's number of loss terms (here they are called branches, as
+    the paper's are), J that of its trained intervals."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,7 +82,7 @@ class Family(BaseModel, ABC):
         """
         return ()
 
-    def params_of(self, weights: Weights, num_intervals: int, *, within_ranges: bool = True) -> Params | None:
+    def params_of(self, weights: Weights, num_intervals: int, *, within_ranges: bool = True) -> dict[str, float] | None:
         """The parameters of given weights, or None where this family, or its ranges, do not hold them.
 
         Controls whose weights the sampler could have proposed become known to it this way.
@@ -80,7 +94,7 @@ class Family(BaseModel, ABC):
         return params if all(low <= params[name] <= high for name, (low, high) in axes.items()) else None
 
     @abstractmethod
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         """`params_of` without ranges."""
 
     @abstractmethod
@@ -118,7 +132,7 @@ class LogLinear(Family):
     def weights(self, params: Params, num_branches: int) -> Weights:
         return log_linear(params["a"], params["b"], num_branches, index_origin=self.index_origin)
 
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         line = log_linear_of(weights, index_origin=self.index_origin)
         return None if line is None else {"a": line[0], "b": line[1]}
 
@@ -167,7 +181,7 @@ class Slope(_Normalised):
     def weights(self, params: Params, num_branches: int) -> Weights:
         return self._sloped(params["a"], num_branches)
 
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         line = log_linear_of(weights)
         return None if line is None else {"a": line[0]}
 
@@ -200,7 +214,7 @@ class LogQuadratic(_Normalised):
         line, bow = _contrasts(num_branches)
         return self._scaled([params["a"] * x + params["c"] * q for x, q in zip(line, bow, strict=True)])
 
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         if min(weights) <= 0:
             return None
         logs = [math.log(weight) for weight in weights]
@@ -219,16 +233,24 @@ class Free(_Normalised):
     """
 
     family: Literal["free"] = "free"
-    u: Range = (-6.0, 1.0)
-    """Of each u_k. The paper's best, slope ln 4 with K = 4: -4.2, -2.8, -1.4."""
+    u: Ranges = (-6.0, 1.0)
+    """Of each u_k, or one for each, first to last. The paper's best, slope ln 4 with K = 4: -4.2, -2.8, -1.4."""
 
     def axes(self, num_branches: int, num_intervals: int) -> Axes:
-        return {f"u{k}": self.u for k in range(1, num_branches)}
+        ranges = [bounds for bounds in self.u if isinstance(bounds, tuple)]
+        if not ranges:
+            return dict.fromkeys((f"u{k}" for k in range(1, num_branches)), cast(tuple[float, float], self.u))
+        if len(ranges) != num_branches - 1:
+            raise BadValue(
+                f"space.u has {len(ranges)} ranges, and {num_branches} weights of a given sum have {num_branches - 1} "
+                "axes; give one range for each, or one for all"
+            )
+        return {f"u{k}": bounds for k, bounds in enumerate(ranges, start=1)}
 
     def weights(self, params: Params, num_branches: int) -> Weights:
         return self._scaled([*(params[f"u{k}"] for k in range(1, num_branches)), 0.0])
 
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         if min(weights) <= 0:
             return None
         return {f"u{k}": math.log(weight / weights[-1]) for k, weight in enumerate(weights[:-1], start=1)}
@@ -275,7 +297,7 @@ class Annealed(_Normalised):
         count = max(1, math.ceil(abs(end - begin) / widest))
         return [self._sloped(begin + (end - begin) * i / count, num_branches) for i in range(count + 1)]
 
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         line = log_linear_of(weights)
         return None if line is None else {"a0": line[0], "a1": line[0]}
 
@@ -298,18 +320,21 @@ class PerInterval(_Normalised):
         return {f"a{j}": self.a for j in range(1, num_intervals + 1)}
 
     def weights(self, params: Params, num_branches: int) -> Weights:
-        (rows,) = self.schedule(params, num_branches, len(params))
+        (rows,) = self.schedule(params, num_branches, self._num_slopes(params))
         return checked(_mean(rows))
+
+    def _num_slopes(self, params: Params) -> int:
+        return sum(1 for _ in takewhile(lambda j: f"a{j}" in params, count(1)))
 
     def schedule(self, params: Params, num_branches: int, num_intervals: int) -> Schedule:
         return (tuple(self._sloped(params[f"a{j}"], num_branches) for j in range(1, num_intervals + 1)),)
 
-    def _params(self, weights: Weights, num_intervals: int) -> Params | None:
+    def _params(self, weights: Weights, num_intervals: int) -> dict[str, float] | None:
         line = log_linear_of(weights)
         return None if line is None else {f"a{j}": line[0] for j in range(1, num_intervals + 1)}
 
     def curve(self, params: Params, num_branches: int) -> tuple[float, float] | None:
-        slopes = set(params.values())
+        slopes = {params[f"a{j}"] for j in range(1, self._num_slopes(params) + 1)}
         return self._line(slopes.pop(), num_branches) if len(slopes) == 1 else None
 
 

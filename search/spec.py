@@ -7,17 +7,30 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from bdense_core.errors import BadValue, ConfigError, UnknownKey
 from bdense_core.files import HashedFile, sha256_of
 from bdense_core.methods import AnyMethod
+from bdense_core.methods.base import Axis
 from bdense_core.network_config import NetworkConfig
-from bdense_core.task import Evaluation, Task, report_steps
+from bdense_core.task import Evaluation, Task
 from bdense_core.weights import Rule, Schedule, Weights, checked, uniform
-from search.records import ARM, CONTROL
+from search import constraints, tuning
+from search.constraints import Constraint
+from search.records import ARM, CONTROL, Params
 from search.settings import mask
-from search.space import Axes, LogLinear, SearchSpace, family_of
+from search.space import Axes, LogLinear, SearchSpace, family_of, free_axes
 
 
 class _Section(BaseModel):
@@ -155,11 +168,24 @@ class CheckpointSection(_Section):
             )
 
 
+def _or_nothing(section: Any) -> Any:
+    """An empty section of a file is a section with nothing in it."""
+    return {} if section is None else section
+
+
+Setting = StrictBool | StrictInt | StrictFloat | StrictStr
+"""A value of a method's setting, which stays of its kind."""
+
+
 class Arm(_Section):
-    """A weighting that a comparison runs on all of its seeds."""
+    """A weighting, with settings of its own, that a comparison runs on all of its seeds."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,80}$")
     weights: tuple[float, ...]
+    settings: dict[str, Setting] = {}
+    """Values of the method's settings that take the place of the study's."""
+    is_trained: bool = True
+    """Whether the training seed matters; if not, it is no evidence of training noise."""
     schedule: tuple[tuple[tuple[float, ...], ...], ...] = ()
     rule: Literal["fixed", "gate", "meta"] = "fixed"
     is_control: bool = False
@@ -200,8 +226,11 @@ class ComparisonSection(_Section):
         known = {arm.name: arm for arm in self.arms}
         for arm in wanted.arms:
             same = known.get(arm.name, arm)
-            if (same.weights, same.schedule, same.rule) != (arm.weights, arm.schedule, arm.rule):
-                raise BadValue(f"it has other weights called {arm.name}")
+            if any(
+                getattr(same, key) != getattr(arm, key)
+                for key in ("weights", "settings", "is_trained", "schedule", "rule")
+            ):
+                raise BadValue(f"it has other weights or settings called {arm.name}")
         arms = (*self.arms, *(arm for arm in wanted.arms if arm.name not in known))
         seeds = (*self.seeds, *(seed for seed in wanted.seeds if seed not in self.seeds))
         return self.model_copy(update={"arms": arms, "seeds": seeds})
@@ -213,12 +242,18 @@ class StudySpec(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
     description: str = ""
     dataset: str = "digits"
-    """What the teacher was trained on; for people, and to notice a teacher of something else."""
+    """What the teacher was trained on, to notice a teacher of something else; and what a method trains on that needs
+    data: a known name, or a path relative to the study file."""
     method: Annotated[AnyMethod, Field(discriminator="kind")]
     teacher: str | None = None
     """A teacher: shipped, in the models folder, or a path relative to the study file."""
     evaluation: EvaluationSection | None = None
     space: SearchSpace = LogLinear()
+    tune: Annotated[dict[str, Any], BeforeValidator(_or_nothing)] = {}
+    """Settings of the method that are searched beside the weights, by their names: a range [low, high] or a list of
+    choices, or nothing for all that the method allows, which then stands here."""
+    constraints: Annotated[dict[str, Constraint], BeforeValidator(_or_nothing)] = {}
+    """Bounds of the method's further figures: a trial that misses one is never the best."""
     budget: BudgetSection = BudgetSection()
     sampler: SamplerSection = SamplerSection()
     pruner: PrunerSection = PrunerSection()
@@ -232,15 +267,43 @@ class StudySpec(_Section):
     comparison: ComparisonSection | None = None
     """Written by `bdense-weights confirm` and `transfer`; it grows when they are asked for more."""
 
+    def model_post_init(self, _context: object) -> None:
+        if self.tune:  # what is not said is the method's, as long as this study lives: another version may say other
+            object.__setattr__(self, "tune", tuning.narrowed(self.method, self.tune, self.axes))
+        constraints.check(self.constraints, self.method.metrics())
+        if unknown := [rule for rule in self.experimental if rule not in self.method.rules]:
+            raise BadValue(
+                f"experimental names {', '.join(unknown)}, but the method {self.method.kind} learns its weights by "
+                f"{' or '.join(self.method.rules) or 'no rule'}; leave it out"
+            )
+
     @property
     def num_intervals(self) -> int:
         """Trained intervals of the student: what a `Schedule` may tell apart."""
-        return max(1, self.method.nfe)
+        return self.method.num_intervals
 
     @property
     def axes(self) -> Axes:
-        """Name and range of each parameter of a proposal."""
+        """Name and range of each parameter of a proposal that its weights come from."""
         return self.space.axes(len(self.method.terms), self.num_intervals)
+
+    @property
+    def tuned(self) -> dict[str, Axis]:
+        """The method's settings that are searched beside the weights."""
+        return tuning.resolved(self.method, self.tune)
+
+    @property
+    def searched(self) -> dict[str, Axis]:
+        """All that is searched, weights first: axes of more than one point."""
+        weights = {
+            name: Axis(about="of the weights", low=low, high=high) for name, (low, high) in free_axes(self.axes).items()
+        }
+        return weights | self.tuned
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The kimg at which a trial is scored."""
+        return self.method.steps(self.budget.every_kimg)
 
 
 EDITABLE = (
@@ -272,6 +335,8 @@ class Study:
     spec: StudySpec
     teacher: HashedFile | None
     evaluation: Evaluation | None
+    dataset: str | None = None
+    """The data set of a method that trains on one: a known name, or a full path."""
     missing: tuple[str, ...] = field(default=(), compare=False)
     """What is not on this machine, and how to get it; empty unless it was asked to be tolerated."""
 
@@ -293,7 +358,7 @@ class Study:
     @property
     def steps(self) -> tuple[int, ...]:
         """The kimg at which a trial is scored."""
-        return report_steps(self.spec.method.budget_kimg, self.spec.budget.every_kimg)
+        return self.spec.steps
 
     @property
     def early_is_other(self) -> bool:
@@ -306,15 +371,47 @@ class Study:
         return self.spec.num_intervals
 
     def controls(self) -> dict[str, Arm]:
-        """What every search runs beside its trials, by name. In a comparison rules that learn are candidates."""
+        """What every search runs beside its trials, by name. In a comparison rules that learn are candidates.
+
+        What is tuned has the study's own value in them, where a control has no other.
+        """
+        tuned = {name: value for name in self.spec.tune if (value := getattr(self.spec.method, name)) is not None}
         arms = {
-            name: Arm(name=name, weights=checked(weights), is_control=True)
-            for name, weights in self.spec.method.controls().items()
-        }
+            name: Arm(
+                name=name, weights=checked(control.weights), settings=tuned | dict(control.settings),
+                is_trained=control.is_trained, is_control=True,
+            )
+            for name, control in self.spec.method.controls().items()
+        }  # fmt: skip
         begin = uniform(self.num_branches)
         for rule in self.spec.experimental:
-            arms[rule] = Arm(name=rule, weights=begin, rule=rule)
+            arms[rule] = Arm(name=rule, weights=begin, settings=tuned, rule=rule)
         return arms
+
+    def settings_of(self, params: Params) -> dict[str, Any]:
+        """The part of a proposal's parameters that are settings of the method."""
+        return {name: params[name] for name in self.spec.tune}
+
+    def params_of(self, arm: Arm, *, within_ranges: bool = True) -> Params | None:
+        """The proposal that an arm is, or None where the search does not hold it; without ranges, it may lie outside.
+
+        So a control that could have been proposed becomes known to the sampler. One that is not trained, or has
+        settings that are not tuned, could not.
+        """
+        tuned = self.spec.tuned
+        if arm.schedule or arm.rule != "fixed" or not arm.is_trained or not arm.settings.keys() <= tuned.keys():
+            return None
+        weights = self.spec.space.params_of(arm.weights, self.num_intervals, within_ranges=within_ranges)
+        is_held = all(tuning.holds(axis, arm.settings.get(name)) for name, axis in tuned.items())
+        return None if weights is None or (within_ranges and not is_held) else {**weights, **arm.settings}
+
+    def excesses(self, metrics: dict[str, float]) -> list[float]:
+        """By how much a trial with these figures misses each bound of the constraints; it keeps one at 0 or less."""
+        return constraints.excesses(self.spec.constraints, metrics)
+
+    def violations(self, metrics: dict[str, float]) -> tuple[str, ...]:
+        """The study's constraints that a trial with these figures does not keep."""
+        return constraints.violated(self.spec.constraints, metrics)
 
     def trial_seeds(self) -> tuple[int, ...]:
         """Training seeds of a searched trial."""
@@ -392,6 +489,7 @@ class Study:
             seed=seed,
             every_kimg=self.spec.budget.every_kimg,
             teacher=self.teacher,
+            dataset=self.dataset,
             evaluation=evaluation,
             evaluation_seeds=tuple((evaluation.seed if evaluation else 0) + i for i in range(1, further)),
             num_shown=0 if is_search else _NUM_SHOWN,
@@ -408,7 +506,7 @@ class Study:
         files = {
             "teacher": asdict(self.teacher) if self.teacher else None,
             "evaluation": asdict(self.evaluation) if self.evaluation else None,
-        }
+        } | ({"dataset": {"path": self.dataset}} if self.dataset else {})  # a path is this machine's affair
         return {**self.spec.model_dump(mode="json"), "files": files}
 
     @classmethod
@@ -434,6 +532,7 @@ class Study:
             )
             if evaluation
             else None,
+            dataset=files.get("dataset", {}).get("path"),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -450,7 +549,9 @@ def identity_of(resolved: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in flatten(resolved).items()
-        if not any(key == prefix or key.startswith(prefix + ".") for prefix in ignored) and not key.endswith(".path")
+        if not any(key == prefix or key.startswith(prefix + ".") for prefix in ignored)
+        and not key.endswith(".path")
+        and value != {}  # a section with nothing in it
     }
     return kept | {"device": "cuda" if _dig(resolved, "resources", "gpus") else "cpu"}
 
@@ -492,6 +593,8 @@ def _readable(error: ValidationError, values: dict[str, Any], source: str) -> Co
     parts = [str(part) for part in complaint["loc"]]
     if len(parts) > 1 and (parts[0], parts[1]) in (("method", kind), ("space", family)):
         del parts[1]
+    if parts[:2] == ["space", "u"]:  # whether it is one range or one for each axis
+        del parts[2:3]
     key = ".".join(parts)
     if complaint["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys(kind, family)
@@ -523,6 +626,8 @@ def _keys_of(model: Any, prefix: str, kinds: tuple[str | None, ...]) -> set[str]
     for name, annotation in typing.get_type_hints(model).items():
         if name.startswith("model_"):
             continue
+        if typing.get_origin(annotation) is dict and _is_section(named := typing.get_args(annotation)[1]):
+            keys |= _keys_of(named, f"{prefix}{name}.NAME.", kinds)
         sections = [t for t in _members(annotation) if _is_section(t)]
         if len(sections) > 1 and any(_kind_of(t) in kinds for t in sections):
             sections = [t for t in sections if _kind_of(t) in kinds]

@@ -18,13 +18,15 @@ from sqlalchemy import text
 
 from bdense_core.errors import BadValue, UnknownKey
 from bdense_core.files import sha256_of
+from bdense_core.methods.base import Axis, with_settings
 from search.checkpoints import Checkpoints
 from search.database import Database, outlasting
 from search.errors import StudyBusy, StudyExists, StudyNotFound
 from search.lifecycle import Trials
-from search.records import SEARCH, Counts, Row, StudySummary, count, last_of_chains
+from search.records import SEARCH, Counts, Params, Row, StudySummary, count, last_of_chains
 from search.spec import EDITABLE, Arm, Study, differences, known_keys, mutable_values
 from search.study_file import check_search
+from search.tuning import value_of
 from search.version import code_version
 
 _SPEC, _SPEC_HASH, _CODE, _CREATED = "bdense:spec", "bdense:spec_sha256", "bdense:code_version", "bdense:created"
@@ -246,7 +248,8 @@ class StudyStore:
         """
         known = known_keys(self.study.spec.method.kind, self.study.spec.space.family)
         for key in values:
-            if key not in known and key not in EDITABLE:
+            is_known = key in known or key.partition(".")[0] in known  # such as tune.NAME
+            if not is_known and key not in EDITABLE:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
                 raise UnknownKey(f"unknown key {key}; did you mean {nearest[0]}?")
             if not any(key == allowed or key.startswith(allowed + ".") for allowed in EDITABLE):
@@ -272,7 +275,8 @@ class StudyStore:
 
     def summary(self) -> StudySummary:
         rows = self.rows()
-        finished = [row.value for row in rows if row.is_search and row.state == "COMPLETE" and row.value is not None]
+        ended = [row for row in rows if row.is_search and row.state == "COMPLETE" and not row.violated]
+        finished = [row.value for row in ended if row.value is not None]
         return StudySummary(
             name=self.name,
             metric=self.study.metric,
@@ -326,28 +330,32 @@ class StudyStore:
             if origin not in still_open:
                 checkpoints.remove(self.key, origin)
 
-    def enqueue(self, params: dict[str, float]) -> int:
+    def enqueue(self, params: Params) -> int:
         """Queue a proposal of a person's own: it runs in any case, and counts towards the total.
+
+        Args:
+            params: a value of each axis, of the weights and of tuned settings; numbers may be given as text.
 
         Returns:
             The number of its trial.
 
         Raises:
-            BadValue: a parameter that the space does not have, lacks, or has within another range.
+            BadValue: a parameter that the study does not search, lacks, or has within another range, or settings that
+                the method refuses together.
         """
-        axes = self.study.spec.axes
+        spec = self.study.spec
+        weights = {name: Axis(about="of the weights", low=low, high=high) for name, (low, high) in spec.axes.items()}
+        axes = weights | spec.tuned
         if params.keys() != axes.keys():
             given = ", ".join(params) or "none"
             raise BadValue(
                 f"study {self.name!r} searches {', '.join(axes)}, and the proposal gives {given}; give a value for "
                 "each, and no other"
             )
-        for name, value in params.items():
-            low, high = axes[name]
-            if not low <= value <= high:
-                raise BadValue(f"{name} = {value:g} lies outside the study's range [{low:g}, {high:g}]")
+        values = {name: value_of(name, axis, params[name]) for name, axis in axes.items()}
+        with_settings(spec.method, self.study.settings_of(values))
         with self.database.exclusive(self.name):
-            self._optuna.enqueue_trial(params, user_attrs={"role": SEARCH, "enqueued": True})
+            self._optuna.enqueue_trial(values, user_attrs={"role": SEARCH, "enqueued": True})
             return len(self._optuna.get_trials(deepcopy=False)) - 1
 
     def enqueue_missing(self) -> None:
@@ -365,16 +373,18 @@ class StudyStore:
 
     def _enqueue_run(self, role: str, seeds: tuple[int, ...], arm: Arm) -> None:
         attributes: dict[str, Any] = {"role": role, "weights": list(arm.weights), "seeds": list(seeds)}
+        if arm.settings:
+            attributes["settings"] = arm.settings
+        if not arm.is_trained:
+            attributes["untrained"] = True
         if arm.schedule:
             attributes["schedule"] = arm.schedule
         if arm.rule != "fixed":
             attributes["rule"] = arm.rule
-        space, num_intervals = self.study.spec.space, self.study.num_intervals
-        is_line = not arm.schedule and arm.rule == "fixed"
-        if is_line and (shown := space.params_of(arm.weights, num_intervals, within_ranges=False)):
+        if shown := self.study.params_of(arm, within_ranges=False):
             attributes["params"] = shown
         is_control = self.study.spec.comparison is None
-        proposed = space.params_of(arm.weights, num_intervals) if is_line and is_control else None
+        proposed = self.study.params_of(arm) if is_control else None
         self._optuna.enqueue_trial(proposed or {}, user_attrs=attributes)
 
     # -- what there is
@@ -414,10 +424,14 @@ def _row(trial: FrozenTrial) -> Row:
         params=dict(trial.params or attributes.get("params") or trial.system_attrs.get("fixed_params", {})),
         weights=tuple(attributes.get("weights", ())),
         seeds=tuple(attributes.get("seeds", ())),
+        settings=attributes.get("settings", {}),
+        is_trained=not attributes.get("untrained"),
         value=trial.value if trial.state in _COUNTED else None,
         intermediate=finite,
         repeats=tuple((int(seed), int(step), float(value)) for seed, step, value in attributes.get("repeats", [])),
         surrogate={int(step): float(value) for step, value in attributes.get("surrogate", {}).items()},
+        metrics=attributes.get("metrics", {}),
+        violated=tuple(attributes.get("violated", ())),
         evaluations=tuple(attributes.get("evaluations", ())),
         samples=attributes.get("samples"),
         schedule=tuple(tuple(map(tuple, rows)) for rows in attributes.get("schedule", ())),

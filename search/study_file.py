@@ -10,7 +10,9 @@ import yaml
 from bdense_core import assets
 from bdense_core.errors import BadValue, ConfigError, WeightsError
 from bdense_core.files import HashedFile
-from bdense_core.task import Evaluation, report_steps
+from bdense_core.task import Evaluation
+from search import tuning
+from search.datasets import find_dataset
 from search.errors import MissingFile
 from search.model_files import Role, features_name, find
 from search.space import family_of, free_axes
@@ -85,9 +87,12 @@ def _raw(path: Path) -> dict[str, Any]:
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested values, those of `above` before those of `below`.
 
-    Another method, or another family of weights, has other settings: such a section replaces the one below it.
+    Another method, or another family of weights, has other settings: such a section replaces the one below it. With a
+    method goes what is said of its settings and figures.
     """
     result = dict(below)
+    if _is_another("method", _section(below, "method"), _section(above, "method")):
+        result = {key: value for key, value in below.items() if key not in ("tune", "constraints")}
     for key, value in above.items():
         inner = result.get(key)
         if isinstance(inner, dict) and isinstance(value, dict) and not _is_another(key, inner, value):
@@ -95,6 +100,11 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _is_another(section: str, below: dict[str, Any], above: dict[str, Any]) -> bool:
@@ -132,26 +142,17 @@ def assignment(text: str, command: str) -> tuple[str, Any]:
 
 
 def _resolve(spec: StudySpec, folder: Path, models: Path | None, tolerate_missing: bool) -> Study:
-    if not spec.method.needs_teacher:
-        return Study(spec=spec, teacher=None, evaluation=None)
-    if spec.teacher is None:
-        raise BadValue("the study names no teacher; add `teacher: digits`, or the path of one")
-    section = spec.evaluation or EvaluationSection()
-    wanted: dict[Role, str] = {
-        "teacher": spec.teacher,
-        "features": section.features,
-        "reference": section.reference or section.features,
-    }
-    found: dict[Role, HashedFile] = {}
     missing: list[str] = []
-    for role, name in wanted.items():
+    found = _files(spec, folder, models, missing) if spec.method.needs_teacher else {}
+    dataset = None
+    if spec.method.needs_data:
         try:
-            found[role] = find(name, role, folder=folder, models=models)
+            dataset = find_dataset(spec.dataset, folder=folder, models=models)
         except MissingFile as error:
             missing.append(str(error))
     if missing and not tolerate_missing:
         raise MissingFile("; and ".join(missing))
-    evaluation = None
+    section, evaluation = spec.evaluation or EvaluationSection(), None
     if "features" in found and "reference" in found:
         evaluation = Evaluation(
             features_name=features_name(found["features"]),
@@ -162,16 +163,40 @@ def _resolve(spec: StudySpec, folder: Path, models: Path | None, tolerate_missin
             batch=section.batch,
             early_samples=section.early_samples,
         )
-    return Study(spec=spec, teacher=found.get("teacher"), evaluation=evaluation, missing=tuple(missing))
+    return Study(
+        spec=spec, teacher=found.get("teacher"), evaluation=evaluation, dataset=dataset, missing=tuple(missing)
+    )
+
+
+def _files(spec: StudySpec, folder: Path, models: Path | None, missing: list[str]) -> dict[Role, HashedFile]:
+    """The files that a study names, as far as they are there; a line for each other one goes to `missing`."""
+    if spec.teacher is None:
+        raise BadValue("the study names no teacher; add `teacher: digits`, or the path of one")
+    section = spec.evaluation or EvaluationSection()
+    wanted: dict[Role, str] = {
+        "teacher": spec.teacher,
+        "features": section.features,
+        "reference": section.reference or section.features,
+    }
+    found: dict[Role, HashedFile] = {}
+    for role, name in wanted.items():
+        try:
+            found[role] = find(name, role, folder=folder, models=models)
+        except MissingFile as error:
+            missing.append(str(error))
+    return found
 
 
 def _check_sense(spec: StudySpec) -> None:
     """What each section alone cannot know."""
     for key, value in flatten(spec.model_dump(mode="python")).items():
-        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
+        if not _is_finite(value):
             raise BadValue(f"{key} must be finite, got {value}")
-    if len(spec.method.terms) < 2:
-        raise BadValue("method.num_branches must be at least 2: a single branch has no weights to search")
+    if len(spec.method.terms) < 2 and (free_axes(spec.axes) or not spec.tune):
+        raise BadValue(
+            "method.num_branches must be at least 2: a single loss term has no weights to search (with `tune` and "
+            "`space: {family: free}` settings alone are searched)"
+        )
     if spec.method.budget_kimg != int(spec.method.budget_kimg):
         raise BadValue(f"method.budget_kimg must be whole, as scores come at whole kimg; got {spec.method.budget_kimg}")
     for corner in itertools.product(*spec.axes.values()):
@@ -180,28 +205,43 @@ def _check_sense(spec: StudySpec) -> None:
         except WeightsError as error:
             raise BadValue(f"space reaches {corner}, which gives no weights: {error}") from error
     check_search(spec)
-    shipped = {asset.partition("/")[0] for asset in assets.names()}
-    if spec.method.needs_teacher and spec.teacher in shipped and spec.dataset != spec.teacher:
-        raise BadValue(f"dataset is {spec.dataset!r}, but the teacher {spec.teacher!r} was trained on {spec.teacher!r}")
+    if spec.method.needs_teacher:
+        _check_dataset(spec)
+
+
+def _check_dataset(spec: StudySpec) -> None:
+    """Whether what is shipped and named was made for the study's data."""
+    made_for = {folder: folder.partition("-")[0] for folder in {asset.partition("/")[0] for asset in assets.names()}}
     features = spec.evaluation.features if spec.evaluation else "digits"
-    if spec.method.needs_teacher and features in shipped and spec.dataset != features:
+    if (data := made_for.get(spec.teacher or "")) not in (None, spec.dataset):
+        raise BadValue(f"dataset is {spec.dataset!r}, but the teacher {spec.teacher!r} was trained on {data!r}")
+    if (data := made_for.get(features)) not in (None, spec.dataset):
         raise BadValue(
-            f"dataset is {spec.dataset!r}, but evaluation.features {features!r} look at {features!r}; name others"
+            f"dataset is {spec.dataset!r}, but evaluation.features {features!r} look at {data!r}; name others"
         )
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value, and each value within it, is no infinity and no NaN."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def check_search(spec: StudySpec) -> None:
-    """Whether sampler and pruner can do anything with this space and this budget.
+    """Whether sampler and pruner can do anything with what is searched and this budget.
 
     Raises:
         BadValue: they cannot.
     """
-    sampler, pruner, free = spec.sampler, spec.pruner, free_axes(spec.axes)
-    if sampler.kind == "cmaes" and len(free) < 2:
+    sampler, pruner, free = spec.sampler, spec.pruner, spec.searched
+    numbers = [name for name, axis in free.items() if not axis.choices]
+    if sampler.kind == "cmaes" and len(numbers) < 2:
         raise BadValue(
-            f"sampler.kind cmaes needs two axes, and this space searches {' and '.join(free) or 'none'}; use tpe or gp"
+            f"sampler.kind cmaes needs two axes, and this space searches {' and '.join(numbers) or 'none'}"
+            f"{'' if len(numbers) == len(free) else ' that are numbers'}; use tpe or gp"
         )
-    size = sampler.grid_points ** len(free)
+    size = _grid_size(spec) if sampler.kind == "grid" else 0
     if sampler.kind == "grid" and size > _LARGEST_GRID:
         raise BadValue(
             f"the grid over {len(free)} axes has {size} points, more than {_LARGEST_GRID}; lower sampler.grid_points "
@@ -212,12 +252,20 @@ def check_search(spec: StudySpec) -> None:
             f"budget.trials is {spec.budget.trials}, but the grid over {' and '.join(free) or 'no axis'} has "
             f"{size} points; lower it, or raise sampler.grid_points (now {sampler.grid_points})"
         )
-    end = report_steps(spec.method.budget_kimg, spec.budget.every_kimg)[-1]
+    end = spec.steps[-1]
     if pruner.kind in ("successive_halving", "hyperband") and pruner.min_resource_kimg >= end:
         raise BadValue(
             f"pruner.min_resource_kimg is {pruner.min_resource_kimg}, but trials end at {end} kimg, where none is "
             "stopped; lower it"
         )
+
+
+def _grid_size(spec: StudySpec) -> int:
+    """How many points it has; of an axis with far too many, that axis' alone."""
+    num_points = spec.sampler.grid_points
+    if num_points > _LARGEST_GRID:
+        return num_points
+    return math.prod(len(tuning.grid(axis, num_points)) for axis in spec.searched.values())
 
 
 def studies_folder() -> Path:

@@ -18,7 +18,7 @@ class TransferTable:
     source: str
     metric: str
     baseline: str
-    """The control that gains are over: the primary loss term alone, which is the method without dense branches."""
+    """The control that gains are over: the primary loss term alone, where that is one, else the target's first."""
     comparisons: dict[int, Comparison]
     """By NFE, rising."""
     correlations: dict[int, Correlation | None]
@@ -41,12 +41,12 @@ def transfer_tables(compared: Sequence[Comparison]) -> list[TransferTable]:
 
 
 def _table_of(target: str, source: str, comparisons: dict[int, Comparison]) -> TransferTable:
-    study = next(iter(comparisons.values())).study
+    first = next(iter(comparisons.values()))
     return TransferTable(
         target=target,
         source=source,
-        metric=study.metric,
-        baseline=next(iter(study.controls())),
+        metric=first.study.metric,
+        baseline=first.baseline or "",
         comparisons=comparisons,
         correlations={nfe: _correlation(item.arms) for nfe, item in comparisons.items()},
     )

@@ -16,17 +16,21 @@ from rich.table import Table
 from rich.text import Text
 
 from bdense_core import assets
+from bdense_core.dataset_names import DATASET_NAMES
 from bdense_core.distill import distill
 from bdense_core.errors import BDenseError
 from bdense_core.files import HashedFile, sha256_of_file
+from bdense_core.methods.base import with_settings
 from bdense_core.task import Score
 from search.consistency import floor_faults, rewordings, score_faults, spec_faults, verdict_faults, weights_faults
+from search.datasets import PUBLISHED, fetched_file
 from search.errors import MissingFile
 from search.model_files import Role, check_reference, features_name, find
 from search.preflight import preflight
 from search.progress import Meter
 from search.settings import Settings
 from search.spec import EvaluationSection, Study
+from search.statistics import residual_deviation
 from search.version import code_version, package_version
 from search.weights_file import complaints, seal_of
 
@@ -34,6 +38,8 @@ Outcome = Literal["passed", "failed", "warning", "skipped"]
 
 _MODEL_FILES = (".safetensors", ".pt")
 """What a path of a stranger must end in to be hashed: no device, no pipe, no file of the system's."""
+_TWO_RUNS = 2 * math.sqrt(2)
+"""Two standard deviations of a difference of two runs, in those of one."""
 _STYLES = {"passed": "green", "failed": "bold red", "warning": "yellow", "skipped": "dim"}
 
 _Object = dict[str, Any]
@@ -48,12 +54,15 @@ class Check:
     detail: str
 
 
-def verify(content: _Object, settings: Settings, *, quick: bool, device: str | None = None) -> Iterator[Check]:
+def verify(
+    content: _Object, settings: Settings, *, quick: bool, device: str | None = None, dataset: str | None = None
+) -> Iterator[Check]:
     """Every check of what a weights file holds, each as soon as it is known.
 
     Args:
         quick: without running the trial again.
         device: for that run; None: as the study says.
+        dataset: for that run, of a method that trains on data; None: as the study says, if that goes by a known name.
     """
     misshapen = complaints(content)
     yield from _judged("schema", misshapen, "as the format says")
@@ -68,7 +77,9 @@ def verify(content: _Object, settings: Settings, *, quick: bool, device: str | N
         return
     needed = [
         *_judged("spec", spec_faults(content, study), "has the hash named, and what was copied from it is as there"),
-        *_judged("weights", weights_faults(content, study), "as a and b, or the family's parameters, give them"),
+        *_judged(
+            "weights", weights_faults(content, study), "as a and b, or the parameters, give them and the settings"
+        ),
     ]
     yield from needed
     yield from _judged("scores", score_faults(content, study), "each the mean of its values by seed")
@@ -82,7 +93,8 @@ def verify(content: _Object, settings: Settings, *, quick: bool, device: str | N
     yield _version(content)
     if not quick:
         is_sound = all(check.outcome != "failed" for check in (*needed, *files))
-        yield _rerun(content, here, settings, device, is_sound=is_sound)
+        here = replace(here, dataset=dataset or _known_data(here, settings.models))
+        yield from _rerun(content, here, settings, device, is_sound=is_sound)
 
 
 def table(checks: list[Check]) -> Table:
@@ -208,30 +220,70 @@ def _numerics(content: _Object) -> dict[str, str]:
     return {name: packages[name] for name in ("torch", "numpy") if name in packages}
 
 
-def _rerun(content: _Object, study: Study, settings: Settings, device: str | None, *, is_sound: bool) -> Check:
+def _rerun(
+    content: _Object, study: Study, settings: Settings, device: str | None, *, is_sound: bool
+) -> Iterator[Check]:
     """The trial once more, on its own training seeds: the same noise, so the same bits where nothing else differs."""
-    expected = {seed: content["by_seed"].get(str(seed)) for seed in study.trial_seeds()}
-    if not is_sound or None in expected.values():
+    values = {seed: content["by_seed"].get(str(seed)) for seed in study.trial_seeds()}
+    if not is_sound or None in values.values():
         detail = "it needs the study, the weights, the files and the values by seed that are meant"
-        return Check(name="rerun", outcome="skipped", detail=detail)
+        yield Check(name="rerun", outcome="skipped", detail=detail)
+        return
+    if study.spec.method.needs_data and study.dataset is None:
+        detail = (
+            f"it trains on {study.spec.dataset}, which is no data set that goes by a name here; give --dataset DATA"
+        )
+        yield Check(name="rerun", outcome="skipped", detail=detail)
+        return
     try:
-        found = _run(content, study, settings, device)
+        by_seed, metrics = _run(content, study, settings, device)
     except BDenseError as error:
-        return Check(name="rerun", outcome="failed", detail=f"it does not run: {error}")
-    outcome, detail = _compared(found, expected, _limit(content), is_alike=_version(content).outcome == "passed")
-    return Check(name="rerun", outcome=outcome, detail=detail)
+        yield Check(name="rerun", outcome="failed", detail=f"it does not run: {error}")
+        return
+    is_alike = _version(content).outcome == "passed"
+    found, expected = ({f"seed {seed}": value for seed, value in of.items()} for of in (by_seed, values))
+    outcome, detail = _compared(found, expected, _limit(content), is_alike=is_alike)
+    yield Check(name="rerun", outcome=outcome, detail=detail)
+    if content.get("metrics"):
+        yield _figures(content, metrics, is_equal=found == expected, is_alike=is_alike)
+
+
+def _figures(content: _Object, found: dict[str, float], *, is_equal: bool, is_alike: bool) -> Check:
+    """The figures beside the metric, of that run. `is_equal`: it reached its values to the last bit."""
+    expected = content["metrics"]
+    if lacking := [name for name in expected if name not in found]:
+        return Check(name="figures", outcome="failed", detail=f"the run gives no {', '.join(lacking)}")
+    judged = []
+    for name, value in expected.items():
+        limit = 0.0 if is_equal else _figure_limit(content, name)
+        outcome, detail = _compared({name: found[name]}, {name: value}, limit, is_alike=is_alike)
+        outcome = "warning" if outcome == "failed" and limit is None else outcome
+        judged.append(Check(name="figures", outcome=outcome, detail=detail))
+    worst: tuple[Outcome, ...] = ("failed", "warning", "passed")
+    first = min(judged, key=lambda check: worst.index(check.outcome))
+    return first if first.outcome != "passed" else replace(first, detail="; ".join(check.detail for check in judged))
+
+
+def _figure_limit(content: _Object, name: str) -> float | None:
+    """As `_limit`, of a further figure: from the confirmation's runs of it, each beside the others on its seed."""
+    table = content["confirmation"] or {}
+    trained = {arm["name"] for arm in table.get("arms", ()) if arm.get("is_trained", True)}
+    runs = [of["by_seed"] for arm, of in table.get("metrics", {}).get(name, {}).items() if arm in trained]
+    shared = sorted(set.intersection(*map(set, runs))) if runs else []
+    found = residual_deviation([[by_seed[seed] for seed in shared] for by_seed in runs])
+    return None if found is None else _TWO_RUNS * found.sd
 
 
 def _compared(
-    found: dict[int, float], expected: dict[int, float], limit: float | None, *, is_alike: bool
+    found: dict[str, float], expected: dict[str, float], limit: float | None, *, is_alike: bool
 ) -> tuple[Outcome, str]:
     """What a rerun shows. `limit` is the largest difference that is noise, `is_alike`: no version differs."""
     if found == expected:
-        values = ", ".join(f"{value:.6g} on seed {seed}" for seed, value in found.items())
+        values = ", ".join(f"{name}: {value:.6g}" for name, value in found.items())
         return "passed", f"{values} again, equal to the last bit"
-    distances = {seed: abs(found[seed] - expected[seed]) for seed in expected}
-    farthest = max(distances, key=lambda seed: distances[seed])
-    differ = f"seed {farthest} gives {found[farthest]:.9g}, the file says {expected[farthest]:.9g}"
+    distances = {name: abs(found[name] - expected[name]) for name in expected}
+    farthest = max(distances, key=lambda name: distances[name])
+    differ = f"{farthest} gives {found[farthest]:.9g}, the file says {expected[farthest]:.9g}"
     if limit is None:
         return "failed", f"{differ}; without a noise floor nobody can say whether that is chance"
     if not distances[farthest] <= limit:
@@ -251,23 +303,35 @@ def _limit(content: _Object) -> float | None:
     if floor is None:
         return None
     sd = floor["sd"] if floor.get("paired_sd") is None else floor["paired_sd"]
-    return 2 * math.sqrt(2) * float(sd)
+    return _TWO_RUNS * float(sd)
 
 
-def _run(content: _Object, study: Study, settings: Settings, device: str | None) -> dict[int, float]:
-    """The value on each training seed. An interrupted run goes on; its state lies in the home's folder `verify`.
+def _known_data(study: Study, models: Path) -> str | None:
+    """A data set that goes by a name, shipped or fetched; a path in a stranger's file is not opened."""
+    name = study.spec.dataset
+    if name in PUBLISHED and (file := fetched_file(name, models)).is_file():
+        return str(file)
+    return name if name in DATASET_NAMES else None
+
+
+def _run(
+    content: _Object, study: Study, settings: Settings, device: str | None
+) -> tuple[dict[int, float], dict[str, float]]:
+    """The value on each training seed, and the further figures of the first.
+
+    An interrupted run goes on; its state lies in the home's folder `verify`.
 
     Raises:
         BDenseError: whatever stopped it.
     """
-    seeds = study.trial_seeds()
+    seeds, method = study.trial_seeds(), with_settings(study.spec.method, content.get("settings", {}))
     schedule = tuple(tuple(map(tuple, rows)) for rows in content["schedule"])
     task = study.task(
         tuple(content["weights"]), seeds[0], cache_root=settings.cache, schedule=schedule, rule=content["rule"]
     )
     state = settings.create(settings.home / "verify") / content["sha256"]
     task = replace(task, snapshots=str(state), device=device or task.device)
-    if study.spec.method.needs_teacher:
+    if method.needs_teacher:
         import torch
 
         from bdense_core.devices import check_device
@@ -276,9 +340,9 @@ def _run(content: _Object, study: Study, settings: Settings, device: str | None)
         preflight(study, settings)
         # as a trial of the study, so that the value is the same, but no more than there are: the file is a stranger's
         torch.set_num_threads(max(1, int(min(study.spec.resources.cpus, os.cpu_count() or 1))))
-    images = study.spec.method.budget_kimg * 1000 * len(seeds)
+    images = method.budget_kimg * 1000 * len(seeds)
     with Meter(study.metric, images=images, resumes=any(state.rglob("snapshot-*"))) as meter:
-        *_, last = (e for e in meter.watch(distill(study.spec.method, task, seeds[1:])) if isinstance(e, Score))
+        *_, last = (e for e in meter.watch(distill(method, task, seeds[1:])) if isinstance(e, Score))
     shutil.rmtree(state, ignore_errors=True)
     repeats = {seed: value for seed, kimg, value in last.repeats if kimg == last.kimg}
-    return {seeds[0]: last.value} | repeats
+    return {seeds[0]: last.value} | repeats, last.metrics

@@ -131,28 +131,35 @@ def _misfits(content: dict[str, Any]) -> Iterator[str]:
     for trial, count in Counter(candidate["trial"] for candidate in content["candidates"]).items():
         if count > 1:
             yield f"$.candidates: trial {trial} stands there {count} times"
-    for where, entry, nfe in _weightings(content):
+    for where, entry, num_intervals in _weightings(content):
         rows = [row for time in entry.get("schedule") or () for row in time]
         for row in (entry["weights"], *rows):
             if len(row) != content["num_branches"]:
-                yield f"{where}: {len(row)} weights for {content['num_branches']} branches"
+                yield f"{where}: {len(row)} weights for {content['num_branches']} terms"
         for time in entry.get("schedule") or ():
-            if len(time) not in (1, max(1, nfe)):
-                yield f"{where}: a schedule with weights for {len(time)} intervals at NFE {nfe}"
+            if len(time) not in (1, num_intervals):
+                yield f"{where}: a schedule with weights for {len(time)} intervals, of which there are {num_intervals}"
+    if len(terms := content.get("terms", ())) not in (0, content["num_branches"]):
+        yield f"$.terms: {len(terms)} names for {content['num_branches']} terms"
 
 
 def _weightings(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Whatever has weights and a schedule: where it stands, itself, and the NFE that it ran at."""
-    yield "$", content, content["nfe"]
+    """Whatever has weights and a schedule: where it stands, itself, and the trained intervals of its students."""
+    yield "$", content, _num_intervals(content)
     for key in ("candidates", "controls"):
         for index, entry in enumerate(content[key]):
-            yield f"$.{key}[{index}]", entry, content["nfe"]
+            yield f"$.{key}[{index}]", entry, _num_intervals(content)
     tables = {f"$.transfer[{index}]": table for index, table in enumerate(content["transfer"])}
     if content["confirmation"] is not None:
         tables["$.confirmation"] = content["confirmation"]
     for where, table in tables.items():
         for index, arm in enumerate(table["arms"]):
-            yield f"{where}.arms[{index}]", arm, table["nfe"]
+            yield f"{where}.arms[{index}]", arm, _num_intervals(table)
+
+
+def _num_intervals(about: dict[str, Any]) -> int:
+    """Files of before it stood in them are of a method that has as many as network calls."""
+    return int(about.get("num_intervals", max(1, about["nfe"])))
 
 
 @cache

@@ -114,7 +114,7 @@ def _events(
         for event in events:
             result = _result(event)
             state.finished = result["done"]
-            notes = [event.note if isinstance(event, Progress) else None, state.follow()]
+            notes = [_note(event), state.follow()]
             if note := "; ".join(filter(None, notes)):
                 result["note"] = note
             elif (
@@ -125,6 +125,14 @@ def _events(
             yield result
             if result["done"]:
                 return
+
+
+def _note(event: Event) -> str | None:
+    """What an event has to say to people."""
+    if isinstance(event, Progress):
+        return event.note
+    wrong = [f"{name} is {value}" for name, value in event.metrics.items() if not math.isfinite(value)]
+    return f"not kept, as no number: {', '.join(wrong)}" if wrong else None
 
 
 def _result(event: Event) -> dict[str, Any]:
@@ -141,6 +149,8 @@ def _result(event: Event) -> dict[str, Any]:
         "surrogate": event.surrogate,
         "repeats": [list(score) for score in event.repeats],
         "evaluations": list(event.evaluations),
+        # in pairs: Ray Tune takes a dictionary in a result apart
+        "metrics": [[name, float(value)] for name, value in event.metrics.items() if math.isfinite(value)],
         "shares_learned": list(event.shares),
         "samples": b64encode(event.samples).decode() if event.samples else None,
         "done": event.done >= 1,

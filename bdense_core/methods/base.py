@@ -90,8 +90,15 @@ class Method(Protocol):
     def metrics(self) -> dict[str, str]:
         """The figures on a run's last score beside the metric, and what each is, in one line for people."""
 
+    def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
+        """Network calls for each image that is scored, at each of `steps`; at the last with all of `metrics`."""
+
     def forward_units(self) -> tuple[float, float]:
         """Network evaluations for each image, (teacher's, student's); a backward pass counts as two."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules by which a run can learn its weights; a study may have them run under `experimental`."""
 
     def learning_units(self, rule: Rule) -> float:
         """What a rule that learns its weights adds to the student's, for each image; 0 for fixed weights."""

@@ -151,6 +151,9 @@ class PD:
             f"fd@{steps}": f"the metric after the stage whose student makes {steps} steps" for steps in self.stage_steps
         }
 
+    def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
+        return self.stage_steps
+
     def forward_units(self) -> tuple[float, float]:
         """Per image: the teacher's steps, and three for the student.
 
@@ -161,6 +164,10 @@ class PD:
             return 0.0, 0.0
         shared = self.teacher_steps / self.num_stages
         return shared, 3.0 + self.teacher_steps - shared
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return ()
 
     def learning_units(self, rule: Rule) -> float:
         """No rule learns the weights of progressive distillation."""

@@ -10,7 +10,7 @@ from typing import Literal
 from bdense_core.errors import BadValue
 from bdense_core.methods.base import Axis, Control
 from bdense_core.task import Event, Task, report_steps
-from bdense_core.weights import PAPER_BEST, Rule, endpoint_only, log_linear, uniform
+from bdense_core.weights import PAPER_BEST, RULES, Rule, endpoint_only, log_linear, uniform
 
 _ORDERS = {"dpmpp": (1, 3), "ipndm": (1, 4), "deis_tab": (1, 4)}
 """Of the solvers that have a choice."""
@@ -132,10 +132,17 @@ class SFD:
     def metrics(self) -> dict[str, str]:
         return {}
 
+    def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
+        return (self.nfe,) * len(self.steps(every_kimg))
+
     def forward_units(self) -> tuple[float, float]:
         """Per trajectory: every teacher step, and three for each trained interval (spec 1.5)."""
         teacher_steps = self.steps_per_interval * (self.num_steps - 1)
         return float(teacher_steps * _CALLS_PER_STEP.get(self.solver, 1)), 3.0 * self.nfe
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return RULES
 
     def learning_units(self, rule: Rule) -> float:
         from bdense_core.loops.sfd_rules import extra_units

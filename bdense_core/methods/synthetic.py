@@ -28,7 +28,7 @@ from bdense_core.errors import BadValue
 from bdense_core.files import sha256_of, write_text_atomically
 from bdense_core.methods.base import Axis, Control
 from bdense_core.task import RESUMED, Event, Progress, Score, Task, report_steps
-from bdense_core.weights import Rule, Weights, endpoint_only, shares, uniform
+from bdense_core.weights import RULES, Rule, Weights, endpoint_only, shares, uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +104,15 @@ class Synthetic:
     def metrics(self) -> dict[str, str]:
         return {"balance": "the share of all branches but the last"}
 
+    def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
+        return (0,) * len(self.steps(every_kimg))
+
     def forward_units(self) -> tuple[float, float]:
         return 0.0, 0.0
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return RULES
 
     def learning_units(self, rule: Rule) -> float:
         return 0.0

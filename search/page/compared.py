@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 from search import marks, plots
 from search.comparison import ArmResult, Comparison
+from search.labels import settings_text
 from search.noise import ranked, verdict
 from search.page.evidence import Compared, Evidence, target_of
 from search.page.parts import Picture, Section, Strip, Table, counted, gain_of, listed, mean_of, number
 from search.records import Row, count
 from search.statistics import rank_correlation
 
-_BASELINE = "endpoint_only"
-"""The control that is the method without branches."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -85,7 +84,11 @@ def confirmation(evidence: Evidence) -> Section:
             "most 5 % of such comparisons. Each panel has a scale of its own.",
         ),
         pictures=(forest,) if drawn else (),
-        tables=(_arms_table(found, source=f"in {evidence.name}"), *((_gains_table(found),) if drawn else ())),
+        tables=(
+            _arms_table(found, source=f"in {evidence.name}"),
+            *((_gains_table(found),) if drawn else ()),
+            *_further_tables(found),
+        ),
     )  # fmt: skip
 
 
@@ -114,12 +117,33 @@ def _gains_table(found: Comparison) -> Table:
     )
 
 
+def _further_tables(found: Comparison) -> list[Table]:
+    """A table for each figure beside the metric: its means, and differences from one control."""
+    reference = found.baseline or ""
+    return [
+        Table(
+            header=("weighting", f"{name}, mean", f"less that of {marks.readable(reference)}"),
+            rows=[
+                (marks.readable(arm.name), mean_of(of.mean), gain_of(of.differences.get(reference)))
+                for arm in found.arms
+                if (of := by_arm.get(arm.name)) is not None
+            ],
+            caption=f"{name}: {found.study.spec.method.metrics().get(name, 'a further figure')}. Differences are on "
+            "the same seeds, with 95 % intervals; the verdict does not ask for them.",
+        )
+        for name, by_arm in found.metrics.items()
+    ]
+
+
 def _remark(arm: ArmResult) -> str:
     if arm.missing:
         return "no result on seed " + listed([str(seed) for seed in arm.missing])
     if arm.same_as is not None:
         return f"the same weighting as {marks.readable(arm.same_as)}"
-    return "better than every control" if arm.is_confirmed else ""
+    found = ["better than every control"] if arm.is_confirmed else []
+    broken = [f"violates {listed(arm.violated)}"] if arm.violated else []
+    own = [settings_text(arm.arm.settings)] if arm.arm.settings else []
+    return "; ".join([*found, *broken, *own])
 
 
 def transfer(evidence: Evidence) -> Section:
@@ -142,7 +166,9 @@ def transfer(evidence: Evidence) -> Section:
             *(f"{_target(item)}: {_correlation(item)} {_verdict(item)}" for item in found),
         ),
         pictures=_transfer_pictures(evidence, found),
-        tables=tuple(_transfer_table(item, evidence.name) for item in found),
+        tables=tuple(
+            table for item in found for table in (_transfer_table(item, evidence.name), *_further_tables(item))
+        ),
     )  # fmt: skip
 
 
@@ -165,29 +191,38 @@ def _transfer_pictures(evidence: Evidence, found: list[Comparison]) -> tuple[Pic
     colors = marks.Colors(evidence.rows)
 
     def picture(number: int, shown: list[Comparison]) -> Picture:
+        baseline = shown[0].baseline or ""
         return Picture(
             name=f"transfer-{number}", size=(7.4, 3.4),
-            alt=f"gain over {marks.readable(_BASELINE)} on {shown[0].study.spec.dataset} by NFE",
-            draw=lambda figure: plots.draw_transfer(figure.subplots(), shown, colors, _BASELINE),
+            alt=f"gain over {marks.readable(baseline)} on {shown[0].study.spec.dataset} by NFE",
+            draw=lambda figure: plots.draw_transfer(figure.subplots(), shown, colors, baseline),
         )  # fmt: skip
 
     return tuple(picture(number, shown) for number, shown in enumerate(targets, start=1))
 
 
 def _has_gains(found: Comparison) -> bool:
-    return any(marks.gain_over(found, arm.name, _BASELINE) for arm in found.arms if arm.name != _BASELINE)
+    baseline = found.baseline or ""
+    return any(marks.gain_over(found, arm.name, baseline) for arm in found.arms if arm.name != baseline)
 
 
 def _transfer_table(found: Comparison, source: str) -> Table:
+    baseline = found.baseline or ""
     rows = tuple(
         (
             marks.readable(arm.name), number(arm.arm.source_value), mean_of(arm.mean),
-            "" if arm.name == _BASELINE else gain_of(marks.gain_over(found, arm.name, _BASELINE)), _remark(arm),
+            "" if arm.name == baseline else gain_of(marks.gain_over(found, arm.name, baseline)), _remark(arm),
         )
         for arm in found.arms
     )  # fmt: skip
     return Table(
-        header=("weighting", f"in {source}", f"{found.study.metric}, mean", "gain over endpoint only", ""),
+        header=(
+            "weighting",
+            f"in {source}",
+            f"{found.study.metric}, mean",
+            f"gain over {marks.readable(baseline)}",
+            "",
+        ),
         rows=rows,
         caption=f"{_target(found)}, {counted(len(found.seeds), 'seed')}. Best mean first; intervals: 95 %.",
         marked=next((i for i, arm in enumerate(found.arms) if arm.name == found.winner), None),

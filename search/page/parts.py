@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from search.plots import Draw
 from search.statistics import Interval
 
+NOTHING = "Nothing has run to its end yet: `bdense-weights launch --study {name}` runs the study."
+"""What to say where there is no trial to show."""
 _NUMBER = re.compile(r"[-+]?\d[\de.+-]*( \(.*\))?")
 """A number, perhaps with its interval or its origin in brackets."""
 
@@ -72,6 +74,15 @@ class Section:
     tables: tuple[Table, ...] = ()
     strips: tuple[Strip, ...] = ()
     details: str = ""
+
+
+def filled(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], caption: str) -> Table:
+    """A table without the columns that have nothing in them."""
+    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return Table(
+        header=tuple(header[index] for index in kept), caption=caption,
+        rows=[tuple(row[index] for index in kept) for row in rows],
+    )  # fmt: skip
 
 
 # -- numbers as text

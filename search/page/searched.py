@@ -3,16 +3,19 @@
 from statistics import mean, stdev
 
 from search import marks, plots
+from search.labels import settings_text, term_labels
 from search.noise import Rung, noise_floor, ranked, rungs
 from search.noise import luck as measured_luck
 from search.page.evidence import Evidence
-from search.page.parts import Picture, Section, Table, counted, listed, number, shares_of, small
+from search.page.further import extent_of, refused
+from search.page.parts import NOTHING, Picture, Section, Table, counted, filled, listed, number, shares_of, small
 from search.records import Row, count
 from search.spec import Study, flatten
 from search.statistics import Correlation
 
-_NOTHING = "Nothing has run to its end yet: `bdense-weights launch --study {name}` runs the study."
 _WIDE, _TALL = (7.4, 3.7), (7.4, 4.3)
+_FEW = 6
+"""So many kimg are listed."""
 
 
 def settings(evidence: Evidence) -> Section:
@@ -23,9 +26,11 @@ def settings(evidence: Evidence) -> Section:
     versions = sorted({row.code for row in rows if row.code})
     facts = {
         "data set": spec.dataset,
-        "method": f"{spec.method.kind}, NFE {spec.method.nfe}, {study.num_branches} branches",
-        "budget of a trial": f"{spec.method.budget_kimg:g} kimg, scored every {spec.budget.every_kimg} kimg",
+        "method": f"{spec.method.kind}, NFE {spec.method.nfe}",
+        "loss terms": listed(spec.method.terms),
+        "budget of a trial": f"{spec.method.budget_kimg:g} kimg, scored {_moments(study)}",
         "search": f"{spec.space.family} over {_ranges(study)}; sampler {spec.sampler.kind}, pruner {spec.pruner.kind}",
+        "constraints": _constraints(study),
         "trials": f"{counts.counted} of {spec.budget.trials} ended, {counts.running} running, {counts.failed} failed",
         "training seeds of a trial": seeds,
         "metric": f"{study.metric}, lower is better",
@@ -43,13 +48,31 @@ def settings(evidence: Evidence) -> Section:
             "What all trials have in common. Values may be compared with values of the same protocol only. "
             "On a CPU the same settings, seeds and code version give the same values again.",
         ),
-        tables=(Table(header=("", ""), rows=tuple(facts.items())),),
+        tables=(Table(header=("", ""), rows=tuple((name, fact) for name, fact in facts.items() if fact)),),
         details="\n".join(f"{key}: {value}" for key, value in _resolved(study).items()),
     )
 
 
+def _moments(study: Study) -> str:
+    steps = study.steps
+    if len(steps) <= _FEW:
+        return f"at {listed([str(step) for step in steps])} kimg"
+    return f"{len(steps)} times, first at {steps[0]} kimg"
+
+
 def _ranges(study: Study) -> str:
-    return listed([f"{axis} in [{low:g}, {high:g}]" for axis, (low, high) in study.spec.axes.items()])
+    weights = [f"{axis} in [{low:g}, {high:g}]" for axis, (low, high) in study.spec.axes.items()]
+    return listed([*weights, *(f"{name} in {extent_of(axis)}" for name, axis in study.spec.tuned.items())])
+
+
+def _constraints(study: Study) -> str:
+    bounds = [
+        f"{name} {sign} {bound:g}"
+        for name, asked in study.spec.constraints.items()
+        for sign, bound in (("≥", asked.min), ("≤", asked.max))
+        if bound is not None
+    ]
+    return listed(bounds)
 
 
 def _protocol(study: Study) -> str:
@@ -70,12 +93,13 @@ def _resolved(study: Study) -> dict[str, object]:
 
 def weights(evidence: Evidence) -> Section:
     """The weight curves of the best trials and the controls."""
-    key, title, rows = "weights", "Weight curves", evidence.rows
+    study, rows = evidence.study, evidence.rows
+    key, title = "weights", "Weight curves"
     shown = marks.curves(rows)
     if not shown:
-        return Section(key=key, title=title, missing=_NOTHING.format(name=evidence.name))
+        return Section(key=key, title=title, missing=NOTHING.format(name=evidence.name))
     text = [
-        "The share of each branch in the loss, for the best trials and the controls. Under Adam only shares count: a "
+        "The share of each term in the loss, for the best trials and the controls. Under Adam only shares count: a "
         "common factor of all weights changes nothing. A share of zero does not appear on the logarithmic scale."
     ]
     if any(row.schedule for row in rows if row.number in {curve.number for curve in shown}):
@@ -85,18 +109,21 @@ def weights(evidence: Evidence) -> Section:
 
     def draw(figure: plots.Figure) -> None:
         left, right = figure.subplots(1, 2)
-        plots.draw_curves(left, rows)
-        plots.draw_curves(right, rows, log=True, legend=False)
+        plots.draw_curves(left, study, rows)
+        plots.draw_curves(right, study, rows, log=True, legend=False)
 
+    kind, names = term_labels(study.spec.method.terms)
+    settings_of = {row.number: settings_text(row.settings) for row in rows}
     return Section(
         key=key, title=title, text=tuple(text),
-        pictures=(Picture(name=key, alt="share of the loss by branch", size=_WIDE, draw=draw),),
+        pictures=(Picture(name=key, alt=f"share of the loss by {kind}", size=_WIDE, draw=draw),),
         tables=(
-            Table(
-                header=("weighting", evidence.study.metric, "shares, first branch to last"),
-                rows=tuple((c.name, number(c.value), shares_of(c.shares)) for c in shown),
+            filled(
+                header=("weighting", study.metric, f"shares: {kind} {', '.join(names)}", "settings"),
+                rows=[(c.name, number(c.value), shares_of(c.shares), settings_of[c.number]) for c in shown],
                 caption="Best value first. A trial's value is from the search itself: the best of many is partly luck.",
             ),
+            *refused(evidence),
         ),
     )  # fmt: skip
 
@@ -108,7 +135,7 @@ def valley(evidence: Evidence) -> Section:
     key, title = "map", f"{study.metric} over {x}" if y == study.metric else f"The valley in ({x}, {y})"
     drawn = marks.points(study, rows)
     if not any(point.value is not None for point in drawn):
-        return Section(key=key, title=title, missing=_NOTHING.format(name=evidence.name))
+        return Section(key=key, title=title, missing=NOTHING.format(name=evidence.name))
     text = [_of_map(study)]
     if flat:
         text.append(
@@ -117,9 +144,11 @@ def valley(evidence: Evidence) -> Section:
         )
     if any(point.pruned for point in drawn):
         text.append("Trials that were stopped early have no final value and are drawn as crosses.")
+    if any(point.violates for point in drawn):
+        text.append("Trials that violate a constraint are upright crosses: they are never the best.")
     placed = {point.label for point in drawn}
     if absent := [name for row in ranked(rows) if row.is_control and (name := marks.name_of(row)) not in placed]:
-        text.append(f"Not on the map, since no proposal has these weights: {listed(absent)}.")
+        text.append(f"Not on the map, since the search could not have proposed them: {listed(absent)}.")
     return Section(
         key=key, title=title, text=tuple(text),
         pictures=(
@@ -138,7 +167,7 @@ def _of_map(study: Study) -> str:
             f"The final value of each trial over its {x}. The band is what single runs of the best control vary by "
             "through their training seed; two trials that both lie in it cannot be told apart by these runs."
         )
-    others = [axis for axis in study.spec.axes if axis not in (x, y)]
+    others = [axis for axis in study.spec.searched if axis not in (x, y)]
     more = f" The other axes ({listed(others)}) are not seen here." if others else ""
     return f"Each trial in the plane of its parameters; the darker, the better (lower).{more}"
 
@@ -149,7 +178,7 @@ def training(evidence: Evidence) -> Section:
     key, title = "training", f"{study.metric} over training"
     found, noise = marks.traces(study, rows), marks.band(rows)
     if not found:
-        return Section(key=key, title=title, missing=_NOTHING.format(name=evidence.name))
+        return Section(key=key, title=title, missing=NOTHING.format(name=evidence.name))
     text = ["All trials on their first training seed; grey ones are not among the best."]
     if any(trace.is_pruned for trace in found):
         text.append("A line that ends in a cross was stopped early.")
@@ -186,6 +215,7 @@ def noise(evidence: Evidence) -> Section:
             missing="The spread between seeds is not known. A study with `seeds.control_repeats` of 3 or more "
             "measures it.",
         )  # fmt: skip
+    still = [marks.name_of(row) for row in ranked(rows) if row.is_control and not row.is_trained]
     text = [
         f"Each control ran on {floor.num_seeds} training seeds or more. Between training seeds the standard "
         f"deviation is {small(floor.sd)}, pooled over {counted(floor.num_controls, 'control')} ({floor.df} degrees "
@@ -196,6 +226,7 @@ def noise(evidence: Evidence) -> Section:
         if floor.evaluation_sd is not None else "",
         f"Two single runs on different training seeds may differ by {small(floor.finding)} (2 √2 sd) for no reason but "
         "their seeds.",
+        f"Nothing is trained for {listed(still)}, so that training seeds say nothing of it." if still else "",
     ]  # fmt: skip
     return Section(
         key=key, title=title, text=tuple(filter(None, text)),
@@ -250,7 +281,7 @@ def luck(evidence: Evidence) -> Section:
             f"{found.gain:+.2g}.",
             "The best of many is partly picked for its luck, so this asks how large the best gain is where all "
             f"{found.num_trials} weightings are as good as {rival_name} and differ by noise alone (standard deviation "
-            f"{small(found.floor.shared.sd)}, {found.floor.shared.df} degrees of freedom).",
+            f"{small(found.noise.sd)}, {found.noise.df} degrees of freedom).",
             "It takes the noise to be normal and alike for all weightings. A small number is a reason to confirm "
             "on fresh seeds, not a result.",
         ),
@@ -332,7 +363,8 @@ def learned(evidence: Evidence) -> Section:
     """Weights that were learned in training beside the fixed ones."""
     study, rows = evidence.study, evidence.rows
     key, title = "learned", "Learned weightings (experimental)"
-    shown = [row for row in ranked(rows) if row.is_control] + ranked(rows, searched_only=True)[:1]
+    controls = [row for row in ranked(rows) if row.is_control and row.is_trained]
+    shown = controls + ranked(rows, searched_only=True)[:1]
     if not any(row.rule != "fixed" for row in shown):
         return Section(
             key=key, title=title,
@@ -343,8 +375,8 @@ def learned(evidence: Evidence) -> Section:
     return Section(
         key=key, title=title,
         text=(
-            "`gate` keeps a branch only while its gradient agrees with the endpoint's; `meta` moves the shares so "
-            "that the endpoint's loss on held-out noise falls. Both begin with equal weights.",
+            "`gate` keeps a term only while its gradient agrees with the primary one's; `meta` moves the shares so "
+            "that the primary loss on held-out noise falls. Both begin with equal weights.",
             "All ran for the same kimg, controls on the same seeds; `work` counts what a rule's own looks at the "
             "gradients add to the student's training.",
         ),

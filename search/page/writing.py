@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from bdense_core.errors import BadValue, BDenseError
 from search import plots
-from search.page import compared, published, searched
+from search.page import compared, further, published, searched
 from search.page.evidence import Evidence
 from search.page.parts import Picture, Section
 from search.version import code_version
@@ -25,6 +25,8 @@ _SECTIONS: tuple[Callable[[Evidence], Section], ...] = (
     searched.settings,
     searched.weights,
     searched.valley,
+    further.tuned,
+    further.metrics,
     searched.training,
     searched.noise,
     searched.luck,

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from bdense_core.errors import BadValue
+from bdense_core.methods import Synthetic
+from bdense_core.methods.base import Control
 from search import derived
 from search.errors import NothingFinished, StudyExists
 from search.export import export_object
@@ -97,6 +99,59 @@ def test_weightings_of_equal_shares_are_confirmed_once(database_url: str) -> Non
     study = confirmation(store, top=3)
     assert study.spec.comparison is not None
     assert len([arm for arm in study.spec.comparison.arms if not arm.is_control]) == 1
+
+
+@pytest.fixture
+def tuned(database_url: str) -> StudyStore:
+    grid = ("sampler.kind=grid", "sampler.grid_points=2", "space={family: slope, a: [0.0, 0.0]}")
+    asked = (*SEARCH, *grid, "tune={shift: [0, 0.5], flavour: }", "budget.trials=4")
+    store = opened(database_url, synthetic(*asked, name="s"))
+    run(store)
+    return store
+
+
+def test_a_confirmation_runs_trials_and_controls_with_their_settings(tuned: StudyStore) -> None:
+    """All have equal weights; one is as the control of equal weights is, in settings too, and is left out."""
+    store = Studies(tuned.database).create_or_resume(confirmation(tuned, top=9))
+    run(store)
+    searched = {f"arm:trial-{row.number}": row.settings for row in tuned.rows() if row.is_search}
+    confirmed = {row.role: row.settings for row in store.rows()}
+    plain = {"shift": 0.0, "flavour": "plain"}
+    assert confirmed == {name: settings for name, settings in searched.items() if settings != plain} | {
+        "arm:endpoint_only": plain, "arm:uniform": plain,
+    }  # fmt: skip
+    assert len(confirmed) == 3 + 2
+
+
+def test_trials_that_miss_a_constraint_are_not_confirmed(database_url: str) -> None:
+    store = opened(database_url, synthetic(*SEARCH, "constraints.balance.max=0.4", "budget.trials=8", name="s"))
+    while (claim := store.trials.claim()) is not None:
+        last = claim.weights[-1] / sum(claim.weights)
+        store.trials.complete(claim.number, last, metrics={"balance": 1 - last})  # the worst shares are the best
+    study = confirmation(store, top=9)
+    assert study.spec.comparison is not None
+    arms = [arm for arm in study.spec.comparison.arms if not arm.is_control]
+    assert arms and all(arm.weights[-1] / sum(arm.weights) >= 0.6 for arm in arms)
+    assert len(arms) < 8, "some were left out"
+
+
+def test_where_all_trials_miss_a_constraint_none_is_confirmed(database_url: str) -> None:
+    store = opened(database_url, synthetic(*SEARCH, "constraints.balance.max=0.4", name="s"))
+    run(store)  # without any figure
+    with pytest.raises(NothingFinished, match=r"constraints \(balance\)"):
+        confirmation(store)
+
+
+def test_a_control_that_trains_nothing_is_confirmed_as_one(
+    searched: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = Control(weights=(0.25,) * 4, settings={"flavour": "bitter"}, is_trained=False)
+    monkeypatch.setattr(Synthetic, "controls", lambda _: {"teacher": control})
+    store = Studies(searched.database).create_or_resume(confirmation(searched))
+    run(store)
+    found = {row.role: (row.settings, row.is_trained) for row in store.rows()}
+    assert found["arm:teacher"] == ({"flavour": "bitter"}, False)
+    assert all(is_trained for role, (_, is_trained) in found.items() if role != "arm:teacher")
 
 
 def test_a_search_without_a_finished_trial_has_nothing_to_confirm(database_url: str) -> None:
@@ -207,11 +262,39 @@ def test_a_transfer_runs_on_no_seed_that_chose_the_weights(searched: StudyStore)
     assert min(transfers(searched, seeds=busy)[0].all_seeds()) == 4000
 
 
-def test_weights_for_another_number_of_branches_are_refused(searched: StudyStore) -> None:
+def test_weights_for_another_number_of_terms_are_refused(searched: StudyStore) -> None:
     exported = export_object(searched, top=1)
     candidate = exported["candidates"][0] | {"weights": [0.5, 0.5], "shares": [0.5, 0.5]}
-    with pytest.raises(BadValue, match="for 2 branches, the target 'synthetic' has 4"):
+    with pytest.raises(BadValue, match="for 2 loss terms, the target 'synthetic' has 4"):
         transfers(searched, candidates=[candidate])
+
+
+def test_weights_for_other_terms_are_refused(searched: StudyStore) -> None:
+    with pytest.raises(BadValue, match=r"the loss terms x, an, un, im, the target 'synthetic' has branch\.1, "):
+        transfers(searched, terms=["x", "an", "un", "im"])
+    older = export_object(searched, top=1)
+    del older["terms"]
+    assert derived.transfers(older, SYNTHETIC, nfe=[], top=1, seeds=2, models=SYNTHETIC.parent)
+
+
+def test_settings_go_along_to_a_target_that_has_them(tuned: StudyStore) -> None:
+    (study,) = transfers(tuned)
+    assert study.spec.comparison is not None
+    settings = {arm.name: arm.settings for arm in study.spec.comparison.arms}
+    best = ranked(tuned.rows(), searched_only=True)[:2]
+    assert settings.items() >= {f"trial-{row.number}": row.settings for row in best}.items()
+    assert settings["uniform"] == {}, "the target tunes nothing"
+    exported = export_object(tuned, top=1)["candidates"][0] | {"settings": {"curriculum": "tirt"}}
+    with pytest.raises(BadValue, match=r"settings that the target 'synthetic' cannot take: .* no setting curriculum"):
+        transfers(tuned, candidates=[exported])
+    older = {key: value for key, value in exported.items() if key != "settings"}
+    (study,) = transfers(tuned, candidates=[older])
+    assert study.spec.comparison is not None and study.spec.comparison.arms[0].settings == {}
+
+
+def test_an_nfe_is_refused_where_it_follows_from_other_settings(searched: StudyStore) -> None:
+    with pytest.raises(BadValue, match=r"the method synthetic has no setting nfe: .* is 0 in .*; leave --nfe out"):
+        derived.transfers(export_object(searched), SYNTHETIC, nfe=[2], top=1, seeds=2, models=SYNTHETIC.parent)
 
 
 def test_weights_of_another_target_space_are_refused(searched: StudyStore) -> None:

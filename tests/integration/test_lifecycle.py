@@ -23,6 +23,9 @@ from hypothesis.stateful import (
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from sqlalchemy import event, text
 
+from bdense_core.errors import BadValue
+from bdense_core.methods import Synthetic
+from bdense_core.weights import log_linear
 from search.database import Database
 from search.errors import LeaseLost
 from search.records import Claim, Row, last_of_chains
@@ -120,6 +123,95 @@ def test_complete_stores_the_value(database_url: str) -> None:
     with pytest.raises(LeaseLost):
         store.trials.complete(claim.number, 1.0)
     assert store.rows()[claim.number].value == 3.5
+
+
+TUNED = ("tune={shift: , flavour: }", "sampler.kind=random", "pruner.kind=none")
+CONSTRAINED = ("constraints.balance={min: 0.1, max: 0.5}", "budget.trials=3")
+
+
+def test_a_claim_splits_a_proposal_into_weights_and_settings(database_url: str) -> None:
+    store = opened(database_url, synthetic(*TUNED, "budget.trials=8"))
+    run_one(store), run_one(store)
+    claims = []
+    while (claim := store.trials.claim()) is not None:
+        claims.append(claim)
+        store.trials.complete(claim.number, 1.0)
+    rows = {row.number: row for row in store.rows()}
+    for claim in claims:
+        params = rows[claim.number].params
+        assert list(params) == ["a", "b", "shift", "flavour"]
+        assert claim.settings == {"shift": params["shift"], "flavour": params["flavour"]}
+        assert claim.weights == pytest.approx(log_linear(params["a"], params["b"], 4))
+        assert rows[claim.number].settings == claim.settings and 0 <= claim.settings["shift"] <= 1
+    assert {claim.settings["flavour"] for claim in claims} == {"plain", "bitter"}
+    assert len({claim.settings["shift"] for claim in claims}) == 8
+
+
+def test_a_retry_and_a_trial_that_was_given_back_keep_their_settings(database_url: str) -> None:
+    store = opened(database_url, synthetic(*TUNED, "budget.trials=1"))
+    run_one(store), run_one(store)
+    claim = claimed(store)
+    store.trials.give_back(claim.number)
+    other = opened(database_url, synthetic(*TUNED, "budget.trials=1"))
+    again = claimed(other)
+    assert (again.number, again.settings, again.weights) == (claim.number, claim.settings, claim.weights)
+    other.trials.fail(again.number, "its worker was lost", retry=True)
+    retry = claimed(store)
+    assert (retry.origin, retry.settings, retry.weights) == (claim.number, claim.settings, claim.weights)
+    assert store.rows()[retry.number].params == store.rows()[claim.number].params
+
+
+def test_settings_that_the_method_refuses_together_end_their_own_trial_alone(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The axes are fine one by one: here bitter wants a shift above a half, which is not known before."""
+    store = opened(database_url, synthetic(*TUNED, "sampler.kind=grid", "sampler.grid_points=2", "budget.trials=4",
+                                           "space={family: slope, a: [1, 1]}"))  # fmt: skip
+    run_one(store), run_one(store)
+
+    def check(self: Synthetic) -> None:
+        if self.flavour == "bitter" and self.shift < 0.5:
+            raise BadValue("too bitter")
+
+    monkeypatch.setattr(Synthetic, "__post_init__", check)
+    claims = [claimed(store) for _ in range(3)]
+    failed = [row for row in store.rows() if row.state == "FAIL"]
+    assert {row.reason for row in failed} == {"too bitter"} and all(row.is_final for row in failed)
+    assert ("bitter", 0.0) not in {(claim.settings["flavour"], claim.settings["shift"]) for claim in claims}
+
+
+def test_complete_stores_further_figures_and_what_they_make_of_the_constraints(database_url: str) -> None:
+    store = opened(database_url, synthetic(*CONSTRAINED))
+    for balance in (0.25, 0.75):
+        store.trials.complete(claimed(store).number, 1.0, metrics={"balance": balance})
+    store.trials.complete(claimed(store).number, 1.0)
+    rows, trials = store.rows(), store.optuna_study.get_trials()
+    assert [row.metrics for row in rows] == [{"balance": 0.25}, {"balance": 0.75}, {}]
+    assert [row.violated for row in rows] == [(), ("balance",), ("balance",)]
+    found = [list(trial.constraints.values()) for trial in trials]
+    assert found == [pytest.approx([-0.15, -0.25]), pytest.approx([-0.65, 0.25]), [1.0, 1.0]]
+    assert store.optuna_study.best_trial.number == rows[0].number
+
+
+def test_a_pruned_trial_has_no_constraints(database_url: str) -> None:
+    store = opened(database_url, synthetic(*CONSTRAINED))
+    claim = claimed(store)
+    store.trials.report(claim.number, 9.0, 1, may_prune=False)
+    store.trials.prune(claim.number, 9.0)
+    assert store.rows()[claim.number].violated == ()
+    assert store.optuna_study.get_trials()[claim.number].constraints == {}
+
+
+def test_a_trial_lost_just_before_its_end_brings_no_constraints_into_its_retry(database_url: str) -> None:
+    """As where a launcher dies between the two, and the retry is pruned."""
+    store = opened(database_url, synthetic(*CONSTRAINED))
+    claim = claimed(store)
+    store.database.storage.set_trial_system_attr(trial_id(store, claim.number), "constraints", [5.0, 5.0])
+    store.trials.beat(claim.number, metrics={"balance": 5.0}, violated=["balance"])
+    store.trials.fail(claim.number, "its worker was lost", retry=True)
+    again = next(row for row in store.rows() if row.retry_of == claim.number)
+    assert (again.metrics, again.violated) == ({}, ())
+    assert store.optuna_study.get_trials()[again.number].constraints == {}
 
 
 def test_prune_stores_the_last_report(database_url: str) -> None:

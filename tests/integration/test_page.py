@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from bdense_core.distill import distill
+from bdense_core.methods.base import with_settings
 from bdense_core.task import Score
 from search import derived, figures
 from search.cli import commands
@@ -31,11 +32,13 @@ def play(store: StudyStore, samples: str | None = None) -> StudyStore:
     while (claim := store.trials.claim()) is not None:
         study = store.study
         task = study.task(claim.weights, claim.seeds[0], cache_root=Path("unused"), is_search=claim.is_search)
-        scores = [event for event in distill(study.spec.method, task, claim.seeds[1:]) if isinstance(event, Score)]
+        method = with_settings(study.spec.method, claim.settings)
+        scores = [event for event in distill(method, task, claim.seeds[1:]) if isinstance(event, Score)]
         for score in scores:
             store.trials.report(claim.number, score.value, score.kimg, may_prune=False)
         last = scores[-1]
-        about = {"repeats": [list(repeat) for repeat in last.repeats]} | ({"samples": samples} if samples else {})
+        about = {"repeats": [list(repeat) for repeat in last.repeats], "metrics": last.metrics}
+        about |= {"samples": samples} if samples else {}
         store.trials.complete(claim.number, last.value, **about)
     return store
 
@@ -109,6 +112,60 @@ def test_a_report_says_what_the_confirmation_found_with_its_numbers(
     if winner is not None:
         headline = f"Confirmed: {winner.replace('-', ' ')} is better than every control."
     assert headline in page.text["verdict"]
+
+
+def test_a_report_shows_searched_settings_further_figures_and_what_violates_a_constraint(
+    database_url: str, tmp_path: Path
+) -> None:
+    store, confirmation = confirmed(
+        database_url, "tune={shift: [0, 1], flavour: [plain, bitter]}", "constraints={balance: {max: 0.2}}",
+        "budget.trials=8", "space={family: slope, a: [0.5, 3.5]}", "sampler.kind=random",
+    )  # fmt: skip
+    rows = store.rows()
+    refused = [row for row in rows if row.is_search and row.violated]
+    kept = [row for row in rows if row.is_search and not row.violated]
+    assert refused and kept, "the search has both"
+    report(database_url, tmp_path / "r")
+    page = Page(tmp_path / "r")
+    assert "shift in [0, 1]" in page.text["settings"] and "flavour in {plain, bitter}" in page.text["settings"]
+    assert "balance ≤ 0.2" in page.text["settings"]
+    assert "a parabola's argument" in page.text["tuned"]
+    assert {path.name for path in (tmp_path / "r" / "figures").glob("tuned*")} == {
+        "tuned-shift.png",
+        "tuned-flavour.png",
+    }
+    best = min(kept, key=lambda row: row.value)
+    assert f"{best.metrics['balance']:.4g}" in page.text["metrics"]
+    assert "uniform0.75balance" in page.text["metrics"].replace("\n", ""), "a control tells what it violates, too"
+    assert f"flavour={best.settings['flavour']}" in page.text["weights"]
+    for row in refused:
+        assert f"trial {row.number}" in page.text["weights"]
+    section = confirmation.study.spec.comparison
+    assert section is not None
+    candidate = next(arm for arm in section.arms if not arm.is_control)
+    assert candidate.trial in {row.number for row in kept}
+    figures_of = {
+        name: {row.seeds[0]: row.metrics["balance"] for row in confirmation.rows() if row.arm == name}
+        for name in (candidate.name, "endpoint_only")
+    }
+    less = mean(figures_of[candidate.name][seed] - figures_of["endpoint_only"][seed] for seed in section.seeds)
+    assert f"{less:+.2g} (" in page.text["confirmation"]
+    assert "less that of endpoint only" in page.text["confirmation"]
+
+
+def test_a_study_that_searches_choices_alone_has_a_report_and_figures_for_the_dashboard(
+    database_url: str, tmp_path: Path
+) -> None:
+    store = searched(
+        database_url, "space={family: free}", "method.num_branches=1", "tune={flavour: [plain, bitter]}",
+        "sampler.kind=random", "budget.trials=4",
+    )  # fmt: skip
+    assert report(database_url, tmp_path / "r").exit_code == 0
+    assert "over flavour" in Page(tmp_path / "r").text["map"]
+    figures.save_to_dashboard(store)
+    figures.save_png(store, tmp_path / "t.png")
+    axis = stored_figures(store)["bdense-map"]["layout"]["xaxis"]
+    assert axis["ticktext"] == ["plain", "bitter"]
 
 
 def test_the_page_loads_and_runs_nothing(database_url: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_persons_own_proposal_names_the_axes_of_its_family(
         (("--param", "a0=0.5", "--a", "2"), "searches a0, a1, and the proposal gives a0, a; give a value for each"),
         (("--param", "a0=0.5", "--param", "a1=9"), r"a1 = 9 lies outside the study's range [-0.5, 3]"),
         (("--param", "a0=0.5", "--param", "a0=1"), "a0 is given twice, as 0.5 and as 1"),
-        (("--param", "a0"), "--param wants NAME=NUMBER, got 'a0'; for example --param a=1.4"),
+        (("--param", "a0"), "--param wants NAME=VALUE, got 'a0'; for example --param a=1.4"),
     ):
         refused = asked(*params)
         assert isinstance(refused, BadValue)

@@ -8,6 +8,8 @@ import optuna
 import pytest
 
 from bdense_core.errors import BadValue, ConfigError
+from bdense_core.methods import Synthetic
+from bdense_core.methods.base import Control
 from search.database import Database
 from search.errors import StudyBusy, StudyExists, StudyNotFound
 from search.storage import Studies
@@ -36,6 +38,39 @@ def test_controls_carry_their_weights_and_parameters_only_where_the_space_holds_
     assert rows["control:endpoint_only"].params == {}
     assert rows["control:uniform"].weights == (0.25,) * 4
     assert rows["control:uniform"].params == pytest.approx({"a": 0, "b": -1.3862943611198906})
+
+
+def test_controls_are_known_to_the_sampler_with_the_settings_that_they_run_with(database_url: str) -> None:
+    """The study's own shift is 0, and lies within the range in the first study alone."""
+    for name, low, is_known in (("in", 0.0, True), ("out", 0.25, False)):
+        tuned = synthetic("budget.trials=0", f"tune={{shift: [{low}, 1], flavour: }}", name=name)
+        store = opened(database_url, tuned)
+        run_all(store)
+        rows = {row.role: row for row in store.rows()}
+        known = {trial.user_attrs["role"]: trial.params for trial in store.optuna_study.get_trials()}
+        assert rows["control:uniform"].settings == {"shift": 0.0, "flavour": "plain"}
+        expected = {"a": 0, "b": pytest.approx(-1.3862943611198906), "shift": 0.0, "flavour": "plain"}
+        assert rows["control:uniform"].params == expected, "what it was is shown in any case"
+        assert known["control:uniform"] == (expected if is_known else {})
+        assert known["control:endpoint_only"] == {}
+
+
+def test_a_control_of_its_own_settings_runs_with_them_and_is_no_point_of_the_search(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controls = {
+        "bitter": Control(weights=(0.25,) * 4, settings={"flavour": "bitter"}),
+        "untrained": Control(weights=(0.25,) * 4, is_trained=False),
+        "uniform": Control(weights=(0.25,) * 4),
+    }
+    monkeypatch.setattr(Synthetic, "controls", lambda _: controls)
+    store = opened(database_url, synthetic("budget.trials=0", "tune={shift: }"))
+    claims = {claim.role: claim for _ in controls if (claim := store.trials.claim()) is not None}
+    assert claims["control:bitter"].settings == {"flavour": "bitter", "shift": 0.0}
+    rows = {row.role.removeprefix("control:"): row for row in store.rows()}
+    assert {name: row.is_trained for name, row in rows.items()} == {"bitter": True, "untrained": False, "uniform": True}
+    known = {trial.user_attrs["role"].partition(":")[2]: trial.params for trial in store.optuna_study.get_trials()}
+    assert [name for name, params in known.items() if params] == ["uniform"]
 
 
 def test_other_settings_under_a_taken_name_change_nothing(database_url: str) -> None:
@@ -82,7 +117,17 @@ def test_a_running_launcher_follows_edits_and_orders(database_url: str) -> None:
     assert not after.paused and after.stop != before.stop
 
 
-@pytest.mark.parametrize("edit", [{"method.noise": 0.5}, {"space.a": [0, 1]}, {"budget.every_kimg": 2}, {"name": "x"}])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"method.noise": 0.5},
+        {"space.a": [0, 1]},
+        {"budget.every_kimg": 2},
+        {"name": "x"},
+        {"tune.shift": None},
+        {"constraints.balance.max": 0.5},
+    ],
+)
 def test_what_results_depend_on_cannot_be_edited(database_url: str, edit: dict[str, object]) -> None:
     store = opened(database_url, synthetic())
     before = store.stored_spec
@@ -106,6 +151,36 @@ def test_a_proposal_that_the_space_does_not_hold_is_refused(database_url: str, p
     with pytest.raises(BadValue):
         store.enqueue(params)
     assert len(store.rows()) == 2
+
+
+def test_a_proposal_of_a_persons_own_has_settings_too_as_text_or_as_they_are(database_url: str) -> None:
+    store = opened(database_url, synthetic("budget.trials=2", "tune={shift: [0, 0.5], flavour: }"))
+    given = {"a": "1.5", "b": -1, "shift": "2.5e-1", "flavour": "bitter"}
+    store.enqueue(given)
+    for wrong, complaint in (
+        ({"shift": 0.75}, r"shift = 0\.75 lies outside the study's range \[0, 0\.5\]"),
+        ({"flavour": "sour"}, "flavour is 'sour'; choose one of plain, bitter"),
+        ({"a": "steep"}, "a is 'steep'; give a finite number"),
+        ({"a": "nan"}, "a is 'nan'; give a finite number"),
+    ):
+        with pytest.raises(BadValue, match=complaint):
+            store.enqueue(given | wrong)
+    with pytest.raises(BadValue, match="searches a, b, shift, flavour, and the proposal gives a, b; give a value for"):
+        store.enqueue({"a": 1.0, "b": -1.0})
+    run_all(store)
+    own, other = (row for row in store.rows() if row.is_search)
+    assert own.is_enqueued and own.params == {"a": 1.5, "b": -1.0, "shift": 0.25, "flavour": "bitter"}
+    assert own.settings == {"shift": 0.25, "flavour": "bitter"} and other.params.keys() == own.params.keys()
+
+
+def test_the_best_of_a_listed_study_keeps_its_constraints(database_url: str) -> None:
+    store = opened(database_url, synthetic("budget.trials=2", "constraints.balance.max=0.5"))
+    run_one(store), run_one(store)
+    for value, balance in ((1.0, 0.75), (2.0, 0.25)):
+        claim = store.trials.claim()
+        assert claim is not None
+        store.trials.complete(claim.number, value, metrics={"balance": balance})
+    assert store.summary().best == 2.0
 
 
 def test_a_study_is_deleted_unless_its_trials_run(database_url: str) -> None:

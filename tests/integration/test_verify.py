@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from bdense_core.distill import distill
 from bdense_core.errors import BadValue
+from bdense_core.methods.base import with_settings
 from bdense_core.task import Score
 from bdense_core.weights import weights_at
 from search.database import Database
@@ -54,14 +55,14 @@ def run(store: StudyStore, cache: Path) -> StudyStore:
             claim.weights, claim.seeds[0], cache_root=cache, schedule=claim.schedule, rule=claim.rule,
             is_search=claim.is_search,
         )  # fmt: skip
-        runs = distill(store.study.spec.method, task, claim.seeds[1:])
+        runs = distill(with_settings(store.study.spec.method, claim.settings), task, claim.seeds[1:])
         *_, last = (event for event in runs if isinstance(event, Score))
         store.trials.report(claim.number, last.value, last.kimg, may_prune=False)
         compared = store.study.trial_seeds()
         further = [value for seed, kimg, value in last.repeats if kimg == last.kimg and seed in compared]
         store.trials.complete(
             claim.number, mean([last.value, *further]), repeats=[list(score) for score in last.repeats],
-            evaluations=list(last.evaluations),
+            evaluations=list(last.evaluations), metrics=last.metrics,
         )  # fmt: skip
     return store
 
@@ -215,6 +216,96 @@ def test_weights_that_change_in_training_carry_their_schedule(studies: Studies, 
     assert code == 0, errors
 
 
+TUNED = ("tune={shift: [0, 1], flavour: [plain, bitter]}", "constraints={balance: {max: 0.3}}", "method.noise=0.001")
+"""A known function with settings to search: 0 and plain are best."""
+
+
+def test_settings_and_figures_lie_in_the_file_and_the_trial_runs_again_with_them(
+    studies: Studies, tmp_path: Path
+) -> None:
+    store = confirmed(studies, synthetic(*TUNED, "method.best_share=0.9"), tmp_path)
+    content = export_object(store, top=3)
+    row = next(row for row in store.rows() if row.number == content["trial"])
+    assert content["terms"] == ["branch.1", "branch.2", "branch.3", "branch.4"]
+    assert content["settings"] == {"shift": row.params["shift"], "flavour": row.params["flavour"]}
+    assert content["metrics"] == {"balance": pytest.approx(1 - content["shares"][-1])}
+    assert {entry["name"]: entry["settings"] for entry in content["controls"]}["uniform"] == {
+        "shift": 0.0, "flavour": "plain",
+    }  # fmt: skip
+    table = content["confirmation"]["metrics"]["balance"]
+    assert table["uniform"]["mean"]["mean"] == pytest.approx(0.75)
+    assert [item["control"] for item in table["uniform"]["differences"]] == ["endpoint_only"]
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps(content))
+    code, found, errors = checks(file, tmp_path / "home")
+    assert code == 0, errors
+    outcomes = {check["name"]: check["outcome"] for check in found}
+    assert outcomes == dict.fromkeys(outcomes, "passed") and "figures" in outcomes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("shift", 0.5, "settings is"),
+        ("flavour", "sour", "lies not in what the study searches"),
+        ("shift", 1.5, "lies not in what the study searches"),
+        ("shift", "0.5", "lies not in what the study searches"),
+        ("shift", None, "lies not in what the study searches"),
+    ],
+)
+def test_a_setting_that_the_search_did_not_propose_is_found(
+    studies: Studies, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    """In the settings alone, or, as a careful forger does it, in the parameters as well."""
+    content = export_object(searched(studies, synthetic(*TUNED), tmp_path))
+    for entry in (content, content["candidates"][0]):
+        for part in ("settings", *(["params"] if words != "settings is" else [])):
+            entry[part] = {name: old for name, old in entry[part].items() if name != key}
+            entry[part] |= {} if value is None else {key: value}
+    settings = Settings.load(home=tmp_path, environ={})
+    found = list(verify(content | {"sha256": seal_of(content)}, settings, quick=True))
+    (fault,) = [check for check in found if check.outcome == "failed"]
+    assert (fault.name, words in fault.detail) == ("weights", True)
+
+
+def test_a_trial_that_violates_a_constraint_is_exported_only_when_it_is_asked_for(
+    studies: Studies, database_url: str, tmp_path: Path
+) -> None:
+    """Whatever is best by far has a last share of 0.4, and with it a balance of 0.6."""
+    of = synthetic(*TUNED, "method.best_share=0.4", "budget.trials=12", "sampler.kind=random")
+    store = confirmed(studies, of, tmp_path)
+    rows = [row for row in store.rows() if row.is_search]
+    best = min(rows, key=lambda row: row.value or 0)
+    assert best.violated == ("balance",) and best.metrics["balance"] > 0.3
+    content = export_object(store, top=12)
+    assert content["trial"] == min((row for row in rows if not row.violated), key=lambda row: row.value or 0).number
+    assert {entry["violated"] == [] for entry in content["candidates"]} == {True}
+    assert best.number not in {arm.trial for arm in studies.open("t.confirm").study.spec.comparison.arms}
+    asked = ("export", "--study", "t", "--candidate", str(best.number))
+    done = command(*asked, home=tmp_path / "home", OPTUNA_STORAGE=database_url)
+    content = json.loads(done.stdout)
+    assert (content["trial"], content["violated"], content["confirmed"]) == (best.number, ["balance"], False)
+    assert f"warning: trial-{best.number} violates balance; " in done.stderr
+    file = tmp_path / "weights.json"
+    file.write_text(done.stdout)
+    assert checks(file, tmp_path / "home")[0] == 0
+    content["violated"] = content["candidates"][0]["violated"] = []
+    file.write_text(json.dumps(content | {"sha256": seal_of(content)}))
+    code, found, _ = checks(file, tmp_path / "home", "--quick")
+    assert (code, [check["name"] for check in found if check["outcome"] == "failed"]) == (1, ["scores"])
+
+
+def test_where_all_trials_violate_a_constraint_nothing_is_exported_and_the_reason_is_that(
+    studies: Studies, tmp_path: Path
+) -> None:
+    searched(studies, synthetic("constraints={balance: {min: 0.99}}"), tmp_path)
+    words = r"all searched trials that ran to their end \(6\) violate the study's constraints \(balance\)"
+    with pytest.raises(NothingFinished, match=words):
+        export_object(studies.open("t"))
+    with pytest.raises(NothingFinished, match=words):
+        confirmation(studies, "t", top=1, seeds=2)
+
+
 def test_model_files_are_known_by_their_hash_and_no_other_path_is_opened(studies: Studies, tmp_path: Path) -> None:
     store = studies.create_or_resume(load_study(studies_folder() / "digits.yaml", name="t"))
     while not any(row.is_search and row.state == "COMPLETE" for row in store.rows()):
@@ -240,6 +331,36 @@ def test_model_files_are_known_by_their_hash_and_no_other_path_is_opened(studies
     content["spec"]["teacher"] = "cifar10"
     faults = {check.name: check.detail for check in verify(content, settings, quick=True) if check.outcome == "failed"}
     assert "bdense-weights fetch-teacher cifar10" in faults["files"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in studies_folder().glob("digits*.yaml")))
+def test_the_file_of_every_shipped_study_of_the_digits_holds(studies: Studies, tmp_path: Path, name: str) -> None:
+    """Whatever its method, settings and figures; values are made up, as no network is trained here."""
+    store = studies.create_or_resume(load_study(studies_folder() / name, name="t"))
+    study = store.study
+    figures = dict.fromkeys(study.spec.method.metrics(), 0.875)
+    while not any(row.is_search and row.state == "COMPLETE" for row in store.rows()):
+        claim = store.trials.claim()
+        assert claim is not None
+        value = 5.0 - 0.1 * claim.number
+        store.trials.report(claim.number, value, study.steps[-1], may_prune=False)
+        repeats = [[seed, study.steps[-1], value + 0.01 * seed] for seed in claim.seeds[1:]]
+        store.trials.complete(claim.number, value, repeats=repeats, metrics=figures)
+    ended = next(row for row in store.rows() if row.is_search and row.state == "COMPLETE")
+    content = export_object(store, trial=ended.number)
+    found = list(verify(content, Settings.load(home=tmp_path, environ={}), quick=True))
+    assert [check for check in found if check.outcome == "failed"] == []
+    assert tuple(content["terms"]) == study.spec.method.terms
+    assert content["settings"].keys() == study.spec.tuned.keys()
+    assert (content["metrics"], content["violated"]) == (figures, list(study.violations(figures)))
+    meant = {name: arm for name, arm in study.controls().items() if arm.rule == "fixed"}
+    written = {entry["name"]: entry for entry in content["controls"] if entry["rule"] == "fixed"}
+    assert written.keys() == meant.keys()
+    for control, arm in meant.items():
+        entry = written[control]
+        assert (entry["settings"], entry["is_trained"]) == (arm.settings, arm.is_trained)
+    trained = sum(arm.is_trained for arm in meant.values())
+    assert content["noise_floor"]["num_controls"] == trained
 
 
 @pytest.mark.slow

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 from scipy import stats
 
 from bdense_core.errors import BadValue
-from search.comparison import Comparison, compare, table, to_dict
+from search.comparison import Comparison, are_equal, compare, further_table, table, to_dict
 from search.errors import UnlikeProtocols
 from search.records import ARM, Row
 from search.scores import Scores
-from search.spec import Study
+from search.spec import Arm, Study
 from search.study_file import load_study
 from tests.rows import row
 
@@ -203,6 +204,141 @@ def test_a_rule_that_learns_is_not_the_weighting_that_it_begins_with() -> None:
     assert found.winner is None, "it has no weights to export"
 
 
+def told(rows: list[Row], **figures: dict[str, list[float]]) -> list[Row]:
+    """The runs with further figures: name -> arm -> a value for each seed."""
+    return [
+        replace(
+            item,
+            metrics={
+                name: by_arm[item.arm][SEEDS.index(item.seeds[0])]
+                for name, by_arm in figures.items()
+                if item.arm in by_arm
+            },
+        )
+        for item in rows
+    ]
+
+
+BALANCE = {
+    "endpoint_only": [0.5, 0.75, 0.6, 0.7, 0.9], "uniform": [0.6, 0.8, 0.8, 0.7, 1.0],
+    "trial-2": [0.1, 0.4, 0.3, 0.35, 0.5],
+}  # fmt: skip
+
+
+def test_further_figures_are_means_and_paired_differences_of_trials_and_controls() -> None:
+    """Controls among themselves, too: the plain method against uniform weights may be all there is to see."""
+    of = study()
+    found = compare(of, told(runs(of), balance=BALANCE))
+    figures = found.metrics["balance"]
+    assert set(figures) == set(BALANCE), "who has no such figure has no place"
+    for name, others in {"trial-2": ["endpoint_only", "uniform"], "uniform": ["endpoint_only"]}.items():
+        for control in others:
+            known = stats.ttest_rel(BALANCE[name], BALANCE[control]).confidence_interval(0.95)
+            interval = figures[name].differences[control]
+            assert (interval.low, interval.high) == pytest.approx((known.low, known.high))
+    assert figures["endpoint_only"].differences.keys() == {"uniform"}
+    assert figures["uniform"].mean.mean == pytest.approx(sum(BALANCE["uniform"]) / 5)
+
+
+def test_the_verdict_does_not_ask_for_further_figures() -> None:
+    of = study()
+    for means in ({}, {"trial-2": 3.0}):
+        plain, more = (compare(of, rows) for rows in (runs(of, **means), told(runs(of, **means), balance=BALANCE)))
+        assert (plain.winner, plain.verdict, plain.arms) == (more.winner, more.verdict, more.arms)
+
+
+def test_figures_stand_in_the_methods_order_and_what_it_does_not_know_last() -> None:
+    of = study()
+    found = compare(of, told(runs(of), zebra=BALANCE, ape=BALANCE, balance=BALANCE))
+    assert list(found.metrics) == ["balance", "ape", "zebra"]
+
+
+def test_the_dictionary_and_a_table_of_their_own_show_further_figures() -> None:
+    of = study()
+    found = compare(of, told(runs(of), balance=BALANCE))
+    values = to_dict(found)
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    entry = values["metrics"]["balance"]["trial-2"]
+    assert entry["by_seed"] == {str(seed): value for seed, value in zip(SEEDS, BALANCE["trial-2"], strict=True)}
+    assert [item["control"] for item in entry["differences"]] == ["endpoint_only", "uniform"]
+    assert values["baseline"] == "endpoint_only"
+    further = further_table(found)
+    assert further is not None
+    text = printed(further)
+    interval = found.metrics["balance"]["uniform"].differences["endpoint_only"]
+    assert f"{interval.mean:+.2g} ({interval.low:+.2g} to {interval.high:+.2g})" in text
+    assert "weighting - endpoint_only on the same seeds" in " ".join(text.split())
+    assert further_table(compare(of, runs(of))) is None
+    odd = further_table(compare(of, told(runs(of), **{"fd[guidance=1]": BALANCE})))
+    assert odd is not None and "fd[guidance=1]" in printed(odd)
+
+
+def test_single_differences_are_from_the_primary_term_alone_else_from_the_first_control() -> None:
+    assert compare(study(), []).baseline == "endpoint_only"
+    for changed in ({"weights": (0.0, 0.1, 1.0)}, {"settings": {"flavour": "bitter"}}, {"is_trained": False}):
+        first = compare(study(uniform={"weights": (0.0, 0.0, 3.0)}, endpoint_only=changed), [])
+        assert first.baseline == "uniform"
+    as_it_stands = study(endpoint_only={"settings": {"flavour": "plain"}})
+    assert compare(as_it_stands, []).baseline == "endpoint_only"
+    none_is = study(endpoint_only={"weights": (0.0, 0.1, 1.0)})
+    assert compare(none_is, []).baseline == "endpoint_only", "the first"
+
+
+def bounded(**changed: dict[str, Any]) -> Study:
+    return study(**changed).edited({"constraints": {"balance": {"max": 0.5}}})
+
+
+def test_who_violates_a_constraint_in_the_mean_over_the_seeds_cannot_win() -> None:
+    """trial-2's mean is 0.33, with one seed on the bound; trial-1's is above it, though not on each seed."""
+    of = bounded()
+    figures = BALANCE | {"trial-1": [0.2, 0.4, 0.9, 0.9, 0.9], "trial-3": [0.0] * 5}
+    found = compare(of, told(runs(of, **{"trial-1": 2.0, "trial-2": 3.0}), balance=figures))
+    best = arm(found, "trial-1")
+    assert (found.arms[0].name, best.is_confirmed, best.violated, best.may_win) == (
+        "trial-1",
+        True,
+        ("balance",),
+        False,
+    )
+    assert (found.winner, arm(found, "trial-2").violated) == ("trial-2", ())
+    assert found.verdict.startswith("trial-2 is better than every control over 5 fresh seeds: ")
+    assert found.verdict.endswith("; trial-1 violates balance and cannot win")
+    assert "violates balance" in shown(found)
+    assert {item["name"]: item["violated"] for item in to_dict(found)["arms"]}["trial-1"] == ["balance"]
+    assert (
+        found.arms[0].p_value
+        == arm(compare(study(), runs(study(), **{"trial-1": 2.0, "trial-2": 3.0})), "trial-1").p_value
+    )
+
+
+def test_who_does_not_tell_a_constrained_figure_cannot_win_and_controls_are_beaten_all_the_same() -> None:
+    of = bounded()
+    found = compare(of, told(runs(of, **{"trial-2": 3.0}), balance={"uniform": [0.9] * 5}))
+    assert (found.winner, arm(found, "trial-2").violated) == (None, ("balance",))
+    assert "not distinguishable" not in found.verdict and "is better than" not in found.verdict
+    fine = {name: [0.1] * 5 for name in ("trial-1", "trial-2", "trial-3")}
+    found = compare(of, told(runs(of, **{"trial-2": 3.0}), balance=fine | {"uniform": [0.9] * 5}))
+    assert (found.winner, arm(found, "uniform").violated) == ("trial-2", ("balance",))
+    assert "uniform violates" not in found.verdict, "a control is no candidate"
+
+
+def test_other_settings_make_another_arm() -> None:
+    """Trial 2 has the weights of endpoint only."""
+    for settings, is_same in (({}, True), ({"flavour": "bitter"}, False)):
+        of = study(**{"trial-2": {"weights": (0.0, 0.0, 2.0), "settings": settings}})
+        found = arm(compare(of, runs(of, **{"trial-2": 1.0})), "trial-2")
+        assert (found.same_as, found.is_confirmed) == (("endpoint_only", False) if is_same else (None, True))
+    plain, still = (Arm(name="x", weights=(0.0, 1.0), is_trained=is_trained) for is_trained in (True, False))
+    assert not are_equal(plain, still)
+
+
+def test_settings_stand_in_a_column_where_an_arm_has_any() -> None:
+    of = study(**{"trial-2": {"settings": {"shift": 0.25, "flavour": "bitter"}}})
+    text = shown(compare(of, runs(of)))
+    assert "shift=0.25 flavour=bitter" in text
+    assert "settings" not in shown(compare(study(), runs(study())))
+
+
 def test_one_seed_decides_nothing() -> None:
     of = study(seeds=(1000,))
     found = compare(of, runs(of, **{"trial-2": 1.0}))
@@ -236,8 +372,12 @@ def test_scores_of_a_search_are_its_controls_by_seed() -> None:
 
 
 def shown(comparison: Comparison) -> str:
+    return printed(table(comparison))
+
+
+def printed(of: Table) -> str:
     console = Console(width=300, file=io.StringIO(), record=True)
-    console.print(table(comparison))
+    console.print(of)
     return console.export_text()
 
 

@@ -20,12 +20,15 @@ from rich.console import Console
 from safetensors import safe_open
 
 from bdense_core.errors import BDenseError
+from bdense_core.files import sha256_of
+from bdense_core.methods import Synthetic
 from bdense_core.weights import weights_at
 from search import weights_file
 from search.cli import commands
 from search.console import yaml_text
 from search.export import python_text, safetensors_bytes
 from search.settings import Settings
+from search.spec import identity_of
 from search.verify import Check, table, verify
 from search.version import code_version, package_version
 
@@ -125,6 +128,31 @@ def test_a_file_of_the_first_format_still_holds_and_its_trial_runs_again(content
         ("spec", "target_space is \"x\", expected \"none\"", {("target_space",): "x"}),
         ("spec", "provenance.spec_sha256 is", {("spec", "method", "noise"): 0.0}),
         ("spec", "this version cannot read it: unknown key tricks", {("spec", "tricks"): 1}),
+        ("spec", "terms[3] is \"im\", expected \"branch.4\"", {("terms",): ["branch.1", "branch.2", "branch.3", "im"]}),
+        ("spec", "num_intervals is 2, expected 1", {("num_intervals",): 2}),
+        ("weights", "trial-4: settings is {\"noise\": 0.5}, expected {}", {
+            ("candidates", 0, "settings"): {"noise": 0.5}, ("settings",): {"noise": 0.5}}),
+        ("weights", "settings is {}, but of the first candidate it is", {
+            ("candidates", 0, "settings"): {"noise": 0.5}}),
+        ("weights", "the method synthetic has no setting tricks", {("controls", 0, "settings"): {"tricks": True}}),
+        ("weights", "the method synthetic refuses", {("controls", 0, "settings"): {"noise": "x"}}),
+        ("weights", "endpoint_only.settings is {\"shift\": 1}, expected {}", {
+            ("controls", 0, "settings"): {"shift": 1}}),
+        ("weights", "endpoint_only.is_trained is false, expected true", {("controls", 0, "is_trained"): False}),
+        ("noise floor", "noise_floor.num_controls is 2, expected 1", {("controls", 0, "is_trained"): False}),
+        ("weights", "give no weights: 1e+06 is too large", {("candidates", 1, "params", "a"): 1e6}),
+        ("weights", "give no weights", {("candidates", 1, "params", "a"): "x"}),
+        ("scores", "violated is [\"balance\"], expected []", {
+            ("candidates", 1, "violated"): ["balance"]}),
+        ("scores", "violated is [], but of the first candidate", {("candidates", 0, "violated"): ["balance"]}),
+        ("verdict", "confirmation: what it ran as trial-4.settings is {\"shift\": 1}, expected {}", {
+            ("confirmation", "spec", "comparison", "arms", 0, "settings"): {"shift": 1}}),
+        ("verdict", "confirmation.metrics.balance.trial-4.mean.mean is 9, expected 0.25", {
+            ("confirmation", "metrics"): {"balance": {"trial-4": {
+                "by_seed": {"1009": 0.25, "1010": 0.25}, "differences": [],
+                "mean": {"mean": 9, "low": 0, "high": 1, "count": 2}}}}}),
+        ("verdict", "confirmation.arms[0].violated is [\"balance\"], expected []", {
+            ("confirmation", "arms", 0, "violated"): ["balance"]}),
     ],
 )  # fmt: skip
 def test_what_does_not_follow_from_the_rest_is_found_in_a_file_that_was_sealed_again(
@@ -156,6 +184,78 @@ def test_a_value_that_its_trial_does_not_reach_is_found_by_running_it(content: C
     assert fault[0] == "rerun" and "1 apart, more than" in fault[1]
 
 
+def told(content: Content, **figures: float) -> Content:
+    """The file with further figures of its first candidate. Those of a trial on its first seed are known: balance is
+    the share of all branches but the last."""
+    for entry in (content, content["candidates"][0]):
+        entry["metrics"] = {"balance": 1 - content["shares"][-1]} | figures
+    return sealed_again(content)
+
+
+def figures_check(content: Content, home: Path) -> Check:
+    (check,) = [check for check in found(content, home, quick=False) if check.name == "figures"]
+    return check
+
+
+def test_figures_beside_the_metric_are_reached_again_too(content: Content, tmp_path: Path) -> None:
+    check = figures_check(told(content), tmp_path)
+    assert (check.outcome, "equal to the last bit" in check.detail) == ("passed", True)
+    check = figures_check(told(content, balance=0.9), tmp_path)
+    assert (check.outcome, "the file says 0.9" in check.detail) == ("failed", True)
+    check = figures_check(told(content, rho=0.9), tmp_path)
+    assert (check.outcome, check.detail) == ("failed", "the run gives no rho")
+
+
+@pytest.mark.parametrize(
+    ("apart", "outcome", "words"), [(0.01, "passed", "within the 0.0"), (0.1, "failed", "more than the 0.0")]
+)
+def test_a_figure_s_noise_is_that_of_the_confirmation_s_runs_beside_others_on_their_seed(
+    content: Content, tmp_path: Path, apart: float, outcome: str, words: str
+) -> None:
+    """The value is altered as well, so that the rerun is not the same to the last bit. By hand: residuals of the four
+    runs are ±0.005, with 1 degree of freedom; so the sd is 0.01, and 2 √2 sd 0.028."""
+    for entry in (content, content["candidates"][0]):
+        entry["by_seed"] = {seed: value + 1e-4 for seed, value in entry["by_seed"].items()}
+        entry["score"]["value"] += 1e-4
+    unlike = told(content, balance=1 - content["shares"][-1] + apart)
+    assert figures_check(unlike, tmp_path).outcome == "warning", "nobody can say whether that is chance"
+    none = {"mean": 0.0, "low": None, "high": None, "count": 2}
+    runs = {"trial-4": {"1009": 0.2, "1010": 0.3}, "uniform": {"1009": 0.5, "1010": 0.62}}
+    by_arm = {name: {"mean": none, "by_seed": by_seed, "differences": []} for name, by_seed in runs.items()}
+    content["confirmation"]["metrics"] = {"balance": by_arm}
+    content["provenance"]["packages"]["torch"] = "0.4"
+    check = figures_check(told(content, balance=1 - content["shares"][-1] + apart), tmp_path)
+    assert (check.outcome, words in check.detail) == (outcome, True)
+
+
+def test_a_path_of_data_in_a_file_is_not_opened_and_one_s_own_is_given_beside_it(
+    content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Synthetic, "needs_data", True)
+    asked: list[str | None] = []
+    run = Synthetic.run
+    monkeypatch.setattr(Synthetic, "run", lambda self, task: asked.append(task.dataset) or run(self, task))
+    settings = Settings.load(home=tmp_path, environ={})
+
+    def rerun(named: str, **more: str) -> tuple[str, str]:
+        content["dataset"] = content["spec"]["dataset"] = named
+        content["provenance"]["spec_sha256"] = sha256_of(identity_of(content["spec"]))
+        checks = verify(sealed_again(content), settings, quick=False, **more)
+        return next((check.outcome, check.detail) for check in checks if check.name == "rerun")
+
+    outcome, detail = rerun("/etc")
+    assert (outcome, asked) == ("skipped", []) and "--dataset DATA" in detail
+    assert rerun("/etc", dataset=str(tmp_path))[0] == rerun("digits16")[0] == "passed"
+    assert rerun("cifar10")[0] == "skipped", "it was not fetched"
+    (tmp_path / "mine.npz").touch()
+    assert rerun(str(tmp_path / "mine"))[0] == "skipped"
+    fetched = tmp_path / "models" / "cifar10" / "cifar10.npz"
+    fetched.parent.mkdir(parents=True)
+    fetched.touch()
+    assert rerun("cifar10")[0] == "passed"
+    assert set(asked) == {str(tmp_path), "digits16", str(fetched)}
+
+
 def test_a_trial_is_not_run_with_weights_that_are_not_the_ones_meant(content: Content, tmp_path: Path) -> None:
     content["a"] = 0.0
     outcomes = {check.name: check.outcome for check in found(sealed_again(content), tmp_path, quick=False)}
@@ -172,13 +272,23 @@ def test_a_trial_is_not_run_with_weights_that_are_not_the_ones_meant(content: Co
         ("Additional properties are not allowed ('extra' was unexpected)", ("extra",), 1),
         ("$.candidates: [] should be non-empty", ("candidates",), []),
         ("$.candidates: trial 4 stands there 2 times", ("candidates", 1, "trial"), 4),
-        ("$.candidates[1]: 3 weights for 4 branches", ("candidates", 1, "weights"), [1, 1, 1]),
-        ("$: 2 weights for 4 branches", ("schedule",), [[[1, 1, 1, 1]], [[1, 1]]]),
-        ("$: a schedule with weights for 2 intervals at NFE 0", ("schedule",), [[[1, 1, 1, 1], [1, 1, 1, 1]]]),
-        ("$.confirmation.arms[0]: 1 weights for 4 branches", ("confirmation", "arms", 0, "schedule"), [[[1]]]),
+        ("$.candidates[1]: 3 weights for 4 terms", ("candidates", 1, "weights"), [1, 1, 1]),
+        ("$: 2 weights for 4 terms", ("schedule",), [[[1, 1, 1, 1]], [[1, 1]]]),
+        (
+            "$: a schedule with weights for 2 intervals, of which there are 1",
+            ("schedule",),
+            [[[1, 1, 1, 1], [1, 1, 1, 1]]],
+        ),
+        ("$.confirmation.arms[0]: 1 weights for 4 terms", ("confirmation", "arms", 0, "schedule"), [[[1]]]),
         ("$.schedule[0][0]: [0, 0, 0, 0] does not contain items", ("schedule",), [[[0, 0, 0, 0]]]),
         ("$.seeds.training[0]: 9007199254740993 is greater than the maximum", ("seeds", "training", 0), 2**53 + 1),
         ("$.confirmation.spec.files: 'teacher' is a required", ("confirmation", "spec", "files"), {"evaluation": None}),
+        ("$.settings: 'a b' does not match", ("settings",), {"a b": 1}),
+        ("$.settings.lr: [1] is not of type 'number', 'string', 'boolean'", ("settings",), {"lr": [1]}),
+        ("$.settings.lr: 9007199254740993 is greater than the maximum", ("settings",), {"lr": 2**53 + 1}),
+        ("$.metrics.rho: '1' is not of type 'number'", ("metrics",), {"rho": "1"}),
+        ("$.terms: 2 names for 4 terms", ("terms",), ["an", "im"]),
+        ("$.num_intervals: 0 is less than the minimum of 1", ("num_intervals",), 0),
     ],
 )
 def test_the_schema_refuses_what_is_misshapen(

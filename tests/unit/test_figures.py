@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bdense_core.files import HashedFile
+from bdense_core.methods import Synthetic
+from bdense_core.methods.base import Axis
+from bdense_core.methods.dash import DASH
+from bdense_core.methods.pd import PD
 from bdense_core.task import Evaluation
 from bdense_core.weights import endpoint_only, log_linear, shares
 from search import figures, marks, paper, plots
@@ -43,9 +47,9 @@ def row(
     return replace(known, **more)
 
 
-def control(number: int, values: tuple[float, ...], name: str = "uniform") -> Row:
+def control(number: int, values: tuple[float, ...], name: str = "uniform", **more: object) -> Row:
     repeats = tuple((seed, 2, value) for seed, value in enumerate(values[1:], start=1))
-    return row(number, values[0], role=f"control:{name}", repeats=repeats)
+    return row(number, values[0], role=f"control:{name}", repeats=repeats, **more)
 
 
 ARMS = (
@@ -90,6 +94,13 @@ def test_a_control_keeps_its_colour_however_the_trials_rank() -> None:
     assert first["trial 1"] != second["trial 1"] == marks.Colors([row(9, 0.0), row(8, 1.0)])["trial 8"]
 
 
+def test_controls_that_only_some_methods_have_can_be_told_apart() -> None:
+    rows = [control(0, (1.0,), "endpoint_only"), control(1, (1.0,), "teacher"), control(2, (1.0,), "scratch")]
+    colors = [marks.Colors(found)[name] for found in (rows, rows[::-1]) for name in ("teacher", "scratch")]
+    assert colors[:2] == colors[2:], "whatever the order"
+    assert len({*colors, marks.Colors(rows)["endpoint only"], marks.OTHER}) == 4
+
+
 # -- the map
 
 
@@ -123,6 +134,89 @@ def test_a_space_without_a_scale_has_no_flat_direction() -> None:
     assert marks.flat_axis(study("space.b=[-2, -2]")) is None, "b is not searched"
 
 
+# -- settings that are searched
+
+
+TUNED = "tune={shift: [0, 1], flavour: [plain, bitter]}"
+
+
+def test_a_setting_takes_the_place_of_a_second_axis_of_weights() -> None:
+    one = study("space.family=slope", TUNED)
+    rows = [row(0, 1.5, params={"a": 1.0, "shift": 0.25, "flavour": "bitter"}), control(1, (2.0,), "endpoint_only")]
+    (point,) = marks.points(one, rows)
+    assert (marks.map_axes(one), point.x, point.y, point.value) == (("a", "shift"), 1.0, 0.25, 1.5)
+    assert marks.map_axes(study(TUNED)) == ("a", "b")
+
+
+def test_a_choice_stands_at_its_place_among_the_choices() -> None:
+    one = study("space={family: free}", "method.num_branches=1", "tune={flavour: [bitter, plain]}")
+    rows = [row(0, 1.5, params={"flavour": "plain"}), row(1, 1.0, params={"flavour": "gone"})]
+    (point,) = marks.points(one, rows)
+    assert (marks.map_axes(one), point.x, point.y) == (("flavour", one.metric), 1.0, 1.5)
+
+
+def test_slices_hold_values_over_each_setting_that_any_trial_has() -> None:
+    rows = [
+        row(0, 1.5, params={"a": 1.0, "b": -1.0, "shift": 0.25}),
+        row(1, 2.5, params={"a": 1.0, "b": -1.0, "shift": 0.75}, state="PRUNED"),
+        control(2, (2.0,), "endpoint_only"),
+    ]
+    found = marks.slices(study(TUNED), rows)
+    assert {name: [(p.x, p.y) for p in drawn] for name, drawn in found.items()} == {
+        "shift": [(0.25, 1.5), (0.75, None)]
+    }
+    assert marks.slices(study(), rows) == {}
+
+
+ENDED = [
+    row(0, 1.5, params={"a": 1.0, "shift": 0.25, "flavour": "bitter"}),
+    row(1, 1.7, params={"a": 2.0, "shift": 0.5, "flavour": "plain"}, violated=("balance",)),
+    row(2, 9.0, params={"a": 0.0, "shift": 0.75, "flavour": "plain"}, state="PRUNED"),
+    row(3, 2.0, role="control:endpoint_only"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("space.family=slope", TUNED),
+        ("space.family=slope", "tune={flavour: [plain, bitter]}"),
+        ("space={family: free}", "method.num_branches=1", "tune={flavour: [plain, bitter]}"),
+        ("space={family: free}", "method.num_branches=1", TUNED),
+        ("space.family=slope", "tune={noise: [0.001, 1]}"),
+    ],
+    ids=["two numbers", "a choice beside", "a choice alone", "no weights", "by ratio"],
+)
+def test_every_kind_of_axis_is_drawn_with_its_own_marks_wherever_people_look(
+    overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_ratio = {"noise": Axis(about="of the score", low=1e-4, high=1.0, log=True)}
+    monkeypatch.setattr(Synthetic, "axes", lambda self, known=Synthetic.axes: known(self) | by_ratio)
+    of = study(*overrides)
+    rows = [replace(item, params=item.params | ({"noise": 0.01} if item.params else {})) for item in ENDED]
+    text = plots.svg("one", (6, 4), lambda figure: plots.draw_map(figure.subplots(), of, rows))
+    words = set(re.findall(r">([^<>]+)</text>", text))
+    assert {"stopped early", "violates a constraint"} <= words
+    assert ("bitter" in words) == ("flavour" in marks.map_axes(of))
+    assert ("0.01" in words) == ("noise" in marks.map_axes(of)), "plain numbers, a decade apart"
+    for name, drawn in marks.slices(of, rows).items():
+        plots.svg(name, (6, 4), lambda figure, n=name, d=drawn: plots.draw_slice(figure.subplots(), of, rows, n, d))
+    drawn = figures._map(of, rows).to_dict()
+    by_name = {trace.get("name"): trace for trace in drawn["data"]}
+    assert [len(by_name[name]["x"]) for name in (None, "violates a constraint")] == [1, 1]
+    if "flavour" in marks.map_axes(of):
+        axis = drawn["layout"]["xaxis" if marks.map_axes(of)[0] == "flavour" else "yaxis"]
+        assert (list(axis["tickvals"]), list(axis["ticktext"])) == ([0, 1], ["plain", "bitter"])
+
+
+def test_what_violates_a_constraint_is_never_the_best_in_a_picture() -> None:
+    rows = [row(1, 1.0, params={"a": 2.0}, violated=("balance",)), row(2, 1.5, params={"a": 1.0})]
+    assert [curve.name for curve in marks.curves(rows)] == ["trial 2"]
+    text = plots.svg("one", (6, 4), lambda figure: plots.draw_map(figure.subplots(), study("space.family=slope"), rows))
+    words = set(re.findall(r">([^<>]+)</text>", text))
+    assert "trial 2" in words and "trial 1" not in words
+
+
 # -- noise and scores
 
 
@@ -141,6 +235,17 @@ def test_a_weighting_that_learns_is_no_part_of_the_noise_and_no_rival() -> None:
     assert [item.name for item in marks.repeats([fixed, gate])] == ["uniform"]
     found = marks.band([fixed, gate])
     assert found is not None and found.name == "uniform"
+
+
+def test_what_trains_nothing_has_no_spread_over_training_seeds_no_band_and_no_curve() -> None:
+    teacher = control(1, (1.0, 1.0), "teacher", is_trained=False)
+    fixed = control(0, (4.0, 4.2))
+    found = marks.band([fixed, teacher])
+    assert found is not None and found.name == "uniform", "though the teacher is the better one"
+    assert [item.name for item in marks.repeats([fixed, teacher])] == ["uniform"]
+    (scored,) = marks.repeats([replace(teacher, evaluations=(1.5, 0.5))])
+    assert (scored.training, scored.evaluation) == ((1.0,), (1.0, 1.5, 0.5))
+    assert [curve.name for curve in marks.curves([fixed, teacher])] == ["uniform"]
 
 
 @pytest.mark.parametrize(("value", "words"), [(9.0, "worse than uniform by more than two runs"), (3.9, "of studies")])
@@ -219,6 +324,15 @@ def test_a_png_has_the_size_that_was_asked_for() -> None:
         assert (picture.format, picture.size) == ("PNG", (1500, 600))
 
 
+def test_terms_without_numbers_stand_by_their_names_below_the_weight_curves() -> None:
+    of, rows = dash(), [replace(control(0, (4.0,), "authors"), weights=(0.1, 1.0, 1.0))]
+    text = plots.svg("one", (6, 4), lambda figure: plots.draw_curves(figure.subplots(), of, rows))
+    assert {"an", "un", "im", "term"} <= set(re.findall(r">([^<>]+)</text>", text))
+    drawn = figures._curves(of, rows).to_dict()
+    assert list(drawn["data"][0]["x"]) == ["an", "un", "im"]
+    assert drawn["layout"]["xaxis"]["title"]["text"] == "term"
+
+
 def test_every_candidate_is_drawn_beside_every_control() -> None:
     found = comparison({"trial-7": [1.0, 2.0, 3.0], "endpoint_only": [1.5, 2.25, 3.0]})
     text = plots.svg("forest", (6, 3), lambda figure: plots.draw_forest(figure, found, marks.Colors([])))
@@ -267,6 +381,14 @@ def test_our_values_stand_beside_the_papers_where_they_were_measured_alike() -> 
     assert {row[2] for row in four.rows} == {""}, "nothing was measured on ImageNet-64"
 
 
+def test_weights_of_the_paper_with_other_settings_are_no_weighting_of_the_paper() -> None:
+    of = cifar10()
+    pair = row(5, 4.0, role="control:other", weights=log_linear(1.386, -4.274, 4), protocol=of.protocol_hash())
+    for settings, text in (({"lr": of.spec.method.lr}, "4 (1 seed)"), ({"lr": 1e-3}, "")):
+        *_, four = published.section(evidence_of(of, [replace(pair, settings=settings)])).tables
+        assert four.rows[0][4] == text
+
+
 def test_all_our_values_are_the_confirmations_and_the_best_is_none_that_learned() -> None:
     """The search beside it has a better best trial, and a value for the paper's pair, on seeds of its own."""
     of, arms = cifar10(), (*ARMS, {"name": "gate", "weights": [0.25] * 4, "rule": "gate"})
@@ -275,6 +397,59 @@ def test_all_our_values_are_the_confirmations_and_the_best_is_none_that_learned(
     plain, pair, best = two.rows[0][3:6]
     assert (plain.split(" ")[0], pair, best.split(" ")[0]) == ("5.2", "", "4.9")
     assert {row[0]: row[4].split(" ")[0] for row in four.rows if row[4]} == {"plain SFD": "5.2"}
+
+
+def as_method(method: object) -> Study:
+    """A study of CIFAR-10 with another method, measured as the papers do."""
+    of = cifar10()
+    return replace(of, spec=of.spec.model_copy(update={"method": method}))
+
+
+def dash(**settings: object) -> Study:
+    return as_method(DASH(**settings))
+
+
+def test_progressive_distillation_stands_beside_its_own_table_and_no_other() -> None:
+    of = as_method(PD(start_steps=512, nfe=256, budget_kimg=100))
+    values = {"endpoint_only": (endpoint_only(2), (20.0, 22.0)), "uniform": ((1.0, 1.0), (12.0, 14.0))}
+    rows = [
+        replace(control(i, scores, name), weights=weights, protocol=of.protocol_hash())
+        for i, (name, (weights, scores)) in enumerate(values.items())
+    ]
+    (table,) = published.section(evidence_of(of, rows)).tables
+    assert [row[:3] for row in table.rows] == [
+        ("512", "11.96", "8.92"), ("256", "21.52", "12.04"), ("128", "39.66", "20.81"),
+    ]  # fmt: skip
+    assert [cell.split(" ")[0] for cell in table.rows[1][3:5]] == ["21", "13"]
+    assert {row[6] for row in (table.rows[0], table.rows[2])} == {"not measured"}
+
+
+def test_dash_models_are_known_by_shares_and_settings() -> None:
+    of = dash()
+    arms = {
+        "authors": ((0.1, 1.0, 1.0), {}, 8.0), "conditional_only": ((0.1, 0.0, 1.0), {}, 20.0),
+        "scratch": ((0.0, 0.0, 1.0), {"objective": "scratch"}, 25.0),
+    }  # fmt: skip
+    rows = [
+        replace(control(i, (value, value + 1), name), weights=weights, settings=settings, protocol=of.protocol_hash())
+        for i, (name, (weights, settings, value)) in enumerate(arms.items())
+    ]
+    (table,) = published.section(evidence_of(of, rows)).tables
+    ours = {row[0]: row[3].split(" ")[0] for row in table.rows}
+    assert {name: value for name, value in ours.items() if value} == {
+        "DASH": "8.5", "conditional only": "20.5", "scratch": "25.5",
+    }  # fmt: skip
+    assert next(row for row in table.rows if row[0] == "DASH")[1:3] == ("8.87", "0.91")
+    other = [replace(row, settings=row.settings | {"lr": 1e-4}) for row in rows]
+    (table,) = published.section(evidence_of(of, other)).tables
+    assert {row[3] for row in table.rows} == {""}, "with another learning rate it is another model"
+    same = [replace(row, settings=row.settings | {"lr": of.spec.method.lr}) for row in rows]
+    assert published.section(evidence_of(of, same)).tables[0].rows[-1][3].startswith("8.5")
+
+
+def test_a_method_of_no_paper_has_no_table() -> None:
+    found = published.section(evidence_of(study(), []))
+    assert (found.tables, found.missing) == ((), "No paper reports figures of this method.")
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,22 @@ def test_trials_tell_their_parameters_schedule_and_rule() -> None:
     assert (second["params"], second["schedule"], second["rule"]) == ("", "", "gate")
 
 
+def test_trials_tell_their_settings_further_figures_and_what_they_miss() -> None:
+    study = synthetic("tune={shift: , flavour: }", "constraints.balance.max=0.5")
+    item = replace(
+        row(0, value=1.0), params={"a": 1.0, "b": -1.0, "shift": 0.25, "flavour": "plain"},
+        settings={"shift": 0.25, "flavour": "plain"}, metrics={"balance": 0.75}, violated=("balance",),
+    )  # fmt: skip
+    record = trial_record(study, item)
+    assert (record["settings"], record["metrics"], record["violated"]) == (item.settings, item.metrics, ["balance"])
+    (line,) = csv.DictReader(io.StringIO(trials_csv(study, [item])))
+    assert [json.loads(line[key]) for key in ("settings", "metrics")] == [item.settings, item.metrics]
+    assert line["violated"] == "balance"
+    cells = {str(column.header): list(column.cells) for column in trials_table(study, [item]).columns}
+    assert cells["settings"] == ["shift=0.25 flavour=plain"] and str(cells["reason"][0]) == "misses balance"
+    assert "settings" not in [column.header for column in trials_table(study, [row(1)]).columns]
+
+
 @pytest.mark.parametrize(("early", "is_other"), [(200, True), (1000, False)])
 def test_an_early_score_of_other_samples_is_no_value_of_a_listed_trial(early: int, is_other: bool) -> None:
     study = load_study(studies_folder() / "digits.yaml", overrides=(f"evaluation.early_samples={early}",))

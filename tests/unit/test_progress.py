@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -61,6 +62,21 @@ def shown(watched: Board) -> str:
 
 def refresh(watched: Board, rows: list[Row], **changed: int) -> None:
     watched.refresh(rows, count(rows), **changed)
+
+
+def test_settings_of_a_trial_are_told_and_one_that_misses_a_constraint_is_never_the_best(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    watched, good = board(), replace(claim(3), settings={"lr": 0.0001236789, "kind": "plain"})
+    with watched:
+        watched.started(good)
+        watched.ended(good, "COMPLETE", 1.25)
+        watched.ended(claim(4), "COMPLETE", 0.5, violated=("rho", "cos"))
+        refresh(watched, [row(3, value=1.25), replace(row(4, value=0.5), violated=("rho",))])
+        assert "best fd 1.25 by trial 3 (search)" in shown(watched)
+    started, _, bad = lines(capsys)
+    assert started == "trial 3 search started, shares 0.25 0.25 0.50, lr=0.0001237 kind=plain"
+    assert bad.startswith("trial 4 search COMPLETE fd 0.5, which misses rho, cos | 2/6 trials, 0/1 controls, best 1.25")
 
 
 def test_each_event_is_one_line_with_study_trial_role_and_node(capsys: pytest.CaptureFixture[str]) -> None:

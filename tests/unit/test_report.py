@@ -13,10 +13,32 @@ from rich.table import Table
 
 from bdense_core.weights import log_linear
 from search import figures, quality
-from search.errors import UnlikeProtocols
-from search.noise import luck, noise_floor, noise_line, ranked, rival, rungs, samples_at, spreads, verdict
+from search.errors import NothingFinished, UnlikeProtocols
+from search.labels import term_labels
+from search.noise import (
+    choosable,
+    infeasible,
+    luck,
+    noise_floor,
+    noise_line,
+    ranked,
+    rival,
+    rungs,
+    samples_at,
+    spreads,
+    verdict,
+)
 from search.records import Row, count
-from search.report import curve_of, importance_line, rung_table, spread_table, trial_object, trial_table
+from search.report import (
+    curve_of,
+    curve_table,
+    importance_line,
+    metrics_table,
+    rung_table,
+    spread_table,
+    trial_object,
+    trial_table,
+)
 from search.spec import Study
 from search.study_file import load_study, studies_folder
 
@@ -134,6 +156,72 @@ def test_rules_that_learn_are_no_part_of_the_noise_and_no_control_to_beat() -> N
     assert verdict(study(), [gate, rows[2]]) == "no trial to compare with a control yet"
 
 
+def untrained(number: int, values: tuple[float, ...], **more: object) -> Row:
+    return replace(control(number, values, "teacher"), is_trained=False, **more)
+
+
+def test_a_control_that_trains_nothing_is_no_evidence_of_training_noise_and_still_to_be_beaten() -> None:
+    """The same on all seeds, it would halve every spread."""
+    rows = [*CONTROLS, row(2, 3.9), row(3, 4.4)]
+    teacher = untrained(9, (3.0, 3.0, 3.0))
+    assert noise_floor([*rows, teacher]) == noise_floor(rows)
+    assert (noise_floor([teacher]), spreads([*rows, teacher])) == (None, spreads(rows))
+    assert spreads([rows[0], teacher]) == [], "one weighting has no spread"
+    assert rungs(study(), [*rows, teacher]) == rungs(study(), rows)
+    assert rival([*rows, teacher]) is teacher
+    assert rival([*rows, teacher], trained_only=True) is rival(rows)
+    assert "best trial 2 against control:teacher: " in verdict(study(), [*rows, teacher])
+
+
+def test_what_scores_differ_by_between_evaluation_seeds_needs_no_training() -> None:
+    floor = noise_floor([*CONTROLS, untrained(9, (3.0, 3.0), evaluations=(3.5, 3.1))])
+    assert floor is not None
+    assert floor.evaluation_sd == pytest.approx(stdev((3.0, 3.5, 3.1)))
+    assert floor.num_controls == 2
+
+
+def test_beside_a_control_that_trains_nothing_trials_have_all_the_noise_of_their_seeds() -> None:
+    """What a seed does to all trials alike does not cancel against what it does nothing to."""
+    shaken = [control(0, (4.0, 9.2, 1.1)), control(1, (4.3, 9.6, 1.3), "paper")]
+    teacher = untrained(9, (3.5, 3.5, 3.5))
+    trained, found = (luck(study(), [*shaken, *more, row(2, 3.3)]) for more in ([], [teacher]))
+    assert trained is not None and found is not None
+    assert (trained.noise, found.noise.sd, found.noise.df) == (found.floor.shared, found.floor.sd, found.floor.df)
+    assert found.noise.sd > 10 * trained.noise.sd
+    assert trained.chance < 0.05 < found.chance
+
+
+def broken(number: int, value: float, *names: str) -> Row:
+    return replace(row(number, value), violated=names or ("rho",))
+
+
+def test_a_trial_that_violates_a_constraint_is_never_the_best_whatever_its_value() -> None:
+    rows = [*CONTROLS, row(2, 3.9), broken(3, 1.0)]
+    assert [item.number for item in ranked(rows, searched_only=True)] == [2]
+    assert (ranked(rows)[0].number, [item.number for item in infeasible(rows)]) == (3, [3])
+    assert [item.number for item in choosable("t", rows)] == [2]
+    found = luck(study(), rows)
+    assert found is not None
+    assert (found.best.number, found.num_trials) == (2, 2), "it was one of the chances all the same"
+
+
+def test_a_control_that_violates_a_constraint_is_to_be_beaten_all_the_same() -> None:
+    rows = [replace(CONTROLS[0], violated=("rho",)), CONTROLS[1]]
+    assert rival([*rows, row(2, 5.0)]) is rows[0]
+    assert noise_floor(rows) == noise_floor(CONTROLS)
+
+
+def test_that_all_trials_violate_constraints_is_said_and_not_that_none_has_ended() -> None:
+    rows = [*CONTROLS, broken(2, 3.0, "rho"), broken(3, 2.0, "cos", "rho")]
+    words = "all searched trials that ran to their end (2) violate the study's constraints (cos, rho)"
+    assert verdict(study(), rows) == words
+    with pytest.raises(NothingFinished) as caught:
+        choosable("t", rows)
+    assert str(caught.value).startswith(f"study 't': {words}; ")
+    with pytest.raises(NothingFinished, match=r"no searched trial that ran to its end \(0 running, 0 waiting"):
+        choosable("t", CONTROLS)
+
+
 def test_the_rival_is_the_best_control_over_its_seeds_and_not_by_one_lucky_one() -> None:
     lucky = control(0, (3.0, 6.0, 6.0))
     found = rival([lucky, control(1, (4.0, 4.1, 4.2), "paper")])
@@ -233,6 +321,81 @@ def test_the_tables_show_every_part_of_the_noise() -> None:
     line = next(line for line in text_of(spread_table(digits(), rows)).splitlines() if line.startswith("│"))
     cells = [cell.strip() for cell in line.split("│")[1:-1]]
     assert cells[:3] + cells[6:8] == ["4", "1000", "2", f"{floor.sd:.2g}", f"{floor.paired_sd:.2g}"]
+
+
+def lines_of(table: Table) -> dict[str, list[str]]:
+    """The cells of each line, by the first one."""
+    rows = [line.split("│")[1:-1] for line in text_of(table).splitlines() if line.startswith("│")]
+    return {cells[0].strip(): [cell.strip() for cell in cells] for cells in rows}
+
+
+def test_tables_show_settings_figures_and_what_a_trial_violates_below_the_others() -> None:
+    of = study("constraints={balance: {max: 0.5}}")
+    settings = {"shift": 0.12345678, "flavour": "bitter"}
+    rows = [
+        replace(CONTROLS[0], metrics={"balance": 0.75}),
+        replace(row(2, 3.9), settings=settings, metrics={"balance": 0.25}),
+        replace(broken(3, 1.0, "balance"), metrics={"balance": 0.875}),
+    ]
+    shown = trial_table(SimpleNamespace(name="synthetic", study=of), rows)
+    cells = lines_of(shown)
+    assert list(cells) == ["2", "0", "3"], "best first, and what may not be chosen last"
+    assert "shift=0.1235 flavour=bitter" in cells["2"]
+    assert (cells["2"][-1], cells["3"][-1]) == ("COMPLETE", "violates balance")
+    assert (shown.rows[2].style, shown.rows[0].style) == ("dim", None)
+    narrow = lines_of(trial_table(SimpleNamespace(name="synthetic", study=of), rows, wide=False))
+    assert narrow["3"][1] == "violates balance"
+    further = metrics_table(of, rows)
+    assert further is not None
+    assert {number: found[-1] for number, found in lines_of(further).items()} == {
+        "2": "0.25",
+        "0": "0.75",
+        "3": "0.875",
+    }
+    caption = "balance: the share of all branches but the last (has to be at most 0.5)"
+    assert caption in " ".join(text_of(further).split()), "the caption wraps"
+    assert metrics_table(of, CONTROLS) is None
+
+
+def test_names_of_figures_with_brackets_are_shown_whole() -> None:
+    odd = "fd[guidance=1]"
+    rows = [replace(CONTROLS[0], metrics={odd: 0.5}), replace(broken(3, 1.0, odd), metrics={odd: 0.75})]
+    further = metrics_table(study(), rows)
+    assert further is not None and odd in text_of(further)
+    assert f"violates {odd}" in text_of(trial_table(SimpleNamespace(name="synthetic", study=study()), rows))
+
+
+def test_weights_of_what_trains_nothing_are_not_shown() -> None:
+    cells = lines_of(trial_table(SimpleNamespace(name="synthetic", study=study()), [*CONTROLS, untrained(9, (3.0,))]))
+    assert (cells["9"][4], cells["0"][4]) == ("", "0.032 0.087 0.237 0.644")
+
+
+def test_a_study_whose_trials_have_no_settings_has_no_column_for_them() -> None:
+    columns = trial_table(SimpleNamespace(name="synthetic", study=study()), [*CONTROLS, row(2, 3.9)]).columns
+    assert "settings" not in [column.header for column in columns]
+
+
+def test_programs_get_settings_figures_and_violations() -> None:
+    tuned = replace(broken(3, 1.0, "balance"), settings={"flavour": "plain"}, metrics={"balance": 0.9})
+    shown = trial_object(study(), tuned)
+    assert (shown["settings"], shown["metrics"]) == ({"flavour": "plain"}, {"balance": 0.9})
+    assert (shown["violated"], shown["is_trained"]) == (["balance"], True)
+    assert trial_object(study(), untrained(0, (1.0,)))["is_trained"] is False
+
+
+def test_a_tuned_trial_s_line_is_that_of_its_weights() -> None:
+    of = study("space.family=slope", "tune={flavour: [plain, bitter]}")
+    found = curve_of(of, replace(placed(0, 1.0, a=0.7), params={"a": 0.7, "flavour": "bitter"}))
+    assert found is not None and found[0] == 0.7
+
+
+def test_the_weight_curve_calls_terms_by_their_names() -> None:
+    lines = lines_of(curve_table(study(), row(0, 1.0)))
+    assert list(lines) == ["1", "2", "3", "4"]
+    assert "branch" in text_of(curve_table(study(), row(0, 1.0)))
+    assert term_labels(("branch.1", "branch.2")) == ("branch", ("1", "2"))
+    assert term_labels(("an", "un", "im")) == ("term", ("an", "un", "im"))
+    assert term_labels(("a.x", "b.y")) == ("term", ("a.x", "b.y"))
 
 
 def test_rungs_correlate_early_scores_and_the_surrogate_with_the_final_score_of_survivors() -> None:

@@ -1,5 +1,6 @@
 """Samplers and pruners as a study file names them, asked as launchers ask: a new one for every trial."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
@@ -20,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from bdense_core.errors import BadValue
 from search import samplers
-from search.samplers import Ended, _selection, _values_of_ended, importances, make_pruner, make_sampler
+from search.samplers import Ended, _selection, _values_of_ended, importances, make_pruner, make_sampler, suggest
 from search.spec import Study
 from search.study_file import load_study, studies_folder
 
@@ -46,8 +48,7 @@ def scored(spec: Study, early_samples: int) -> Study:
 def claim(running: optuna.Study, spec: Study) -> Trial:
     running.sampler = make_sampler(spec)
     trial = running.ask()
-    for name, (low, high) in spec.spec.axes.items():
-        trial.suggest_float(name, low, high)
+    suggest(trial, spec)
     return trial
 
 
@@ -190,12 +191,15 @@ def thinned_from_scratch(trials: list[FrozenTrial], most: int, num_best: int, nu
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     if len(ended) <= most:
         return [t.number for t in trials]
-    finished = sorted((t for t in ended if t.state == TrialState.COMPLETE), key=lambda t: t.value)
-    pruned = sorted((t for t in ended if t.state == TrialState.PRUNED), key=lambda t: (-(t.last_step or 0), t.value))
+    missing = {t.number: sum(max(0, excess) for excess in t.constraints.values()) for t in ended}
+    kept_all = [t for t in ended if not missing[t.number]]
+    finished = sorted((t for t in kept_all if t.state == TrialState.COMPLETE), key=lambda t: t.value)
+    pruned = sorted((t for t in kept_all if t.state == TrialState.PRUNED), key=lambda t: (-(t.last_step or 0), t.value))
+    finished += pruned + sorted((t for t in ended if missing[t.number]), key=lambda t: missing[t.number])
     others = ended[:-num_newest]
     even = [others[i] for i in np.linspace(0, len(others) - 1, most - num_newest - num_best, dtype=int)]
     still_open = [t for t in trials if not t.state.is_finished()]
-    kept = [*(finished + pruned)[:num_best], *even, *ended[-num_newest:], *still_open]
+    kept = [*finished[:num_best], *even, *ended[-num_newest:], *still_open]
     return sorted({t.number for t in kept})
 
 
@@ -214,7 +218,10 @@ def histories(draw: st.DrawFn) -> list[tuple[int, FrozenTrial]]:
             state = draw(st.sampled_from((TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)))
             value = None if state == TrialState.FAIL else float(draw(st.integers(0, 9)))
             steps = dict.fromkeys(range(draw(st.integers(0, 3))), 1.0)
-            ended = create_trial(state=state, value=value, intermediate_values=steps)
+            misses = [draw(st.integers(-2, 2)) / 2] if state == TrialState.COMPLETE else []
+            ended = create_trial(
+                state=state, value=value, intermediate_values=steps, system_attrs={"constraints": misses}
+            )
         ended.number = number
         events.append((number, ended))
     return events
@@ -383,6 +390,116 @@ def test_a_sampler_or_pruner_that_cannot_work_is_refused(overrides: tuple[str, .
         study("budget.trials=12", *overrides)
 
 
+def mixed(kind: str, folder: Path, *overrides: str) -> Study:
+    """A study of two weights and of settings of every kind."""
+    path = folder / "mixed.yaml"
+    tune = {"lr": [1e-4, 1e-2], "student_blocks": [1, 3], "curriculum": ["uniform", "tirt"]}
+    content = {"name": "t", "method": {"kind": "dash"}, "teacher": "digits", "space": {"family": "free"}, "tune": tune}
+    path.write_text(yaml.safe_dump(content))
+    return load_study(path, overrides=("sampler.startup_trials=4", f"sampler.kind={kind}", *overrides))
+
+
+def evaluate(params: dict[str, Any]) -> float:
+    """Lowest at lr = 1e-3; a curriculum costs 2."""
+    return float((math.log10(params["lr"]) + 3) ** 2 + 2 * (params["curriculum"] == "tirt"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_of_every_kind_are_proposed_beside_the_weights(kind: str, tmp_path: Path) -> None:
+    running, spec = optuna.create_study(), mixed(kind, tmp_path, "sampler.grid_points=2", "budget.trials=30")
+    for _ in range(12):
+        trial = claim(running, spec)
+        params = trial.params
+        assert list(params) == ["u1", "u2", "lr", "curriculum", "student_blocks"]
+        assert 1e-4 <= params["lr"] <= 1e-2 and params["student_blocks"] in (1, 2, 3)
+        assert isinstance(params["student_blocks"], int) and params["curriculum"] in ("uniform", "tirt")
+        running.tell(trial, evaluate(params))
+    proposals = [tuple(trial.params.values()) for trial in running.trials]
+    assert len(set(proposals)) == 12
+    assert {trial.params["curriculum"] for trial in running.trials} == {"uniform", "tirt"}
+
+
+@pytest.mark.parametrize(("kind", "num_trials"), [("tpe", 60), ("gp", 30)])
+def test_a_sampler_that_learns_finds_the_choice_and_the_order_of_magnitude(
+    kind: str, num_trials: int, tmp_path: Path
+) -> None:
+    """At random half of the trials have the better choice, and half are within half an order of magnitude."""
+    running, spec = optuna.create_study(), mixed(kind, tmp_path, "space.u=[0, 0]")
+    for _ in range(num_trials):
+        trial = claim(running, spec)
+        running.tell(trial, evaluate(trial.params))
+    late = [trial.params for trial in running.trials[-num_trials // 3 :]]
+    assert sum(params["curriculum"] == "uniform" for params in late) >= 0.65 * len(late)
+    assert np.median([abs(math.log10(params["lr"]) + 3) for params in late]) < 0.3
+
+
+def test_a_grid_over_settings_of_every_kind_is_run_once_each(tmp_path: Path) -> None:
+    running = optuna.create_study()
+    spec = mixed("grid", tmp_path, "space.u=[-1, 1]", "sampler.grid_points=2", "budget.trials=32")
+    for _ in range(32):
+        running.tell(claim(running, spec), 1.0)
+    along = ([-1.0, 1.0], [-1.0, 1.0], [1e-4, 1e-2], ["uniform", "tirt"], [1, 3])
+    assert {place(trial) for trial in running.trials} == set(itertools.product(*along))
+    with pytest.raises(BadValue, match="has 32 points"):
+        mixed("grid", tmp_path, "sampler.grid_points=2", "budget.trials=33")
+
+
+def test_cma_es_needs_two_axes_that_are_numbers(tmp_path: Path) -> None:
+    assert mixed("cmaes", tmp_path, "space.u=[0, 0]").spec.sampler.kind == "cmaes"
+    with pytest.raises(BadValue, match="cmaes needs two axes, and this space searches a that are numbers"):
+        study("sampler.kind=cmaes", "space.family=slope", "tune={flavour: [plain, bitter]}")
+
+
+def test_cma_es_leaves_choices_to_chance(tmp_path: Path) -> None:
+    """Optuna's own would take each choice for an axis of its own."""
+    running, spec = optuna.create_study(), mixed("cmaes", tmp_path, "sampler.startup_trials=0")
+    trial = claim(running, spec)
+    assert trial.relative_params.keys() == {"u1", "u2", "lr", "student_blocks"}
+    assert trial.params.keys() == spec.spec.searched.keys()
+
+
+def constrained(kind: str, limit: float) -> Study:
+    """Asks that the last share be at most 1 - `limit`."""
+    return asked(kind, "space.b=[-1, -1]", f"constraints.balance.min={limit}", "pruner.kind=none")
+
+
+def run_constrained(running: optuna.Study, spec: Study, num_trials: int) -> list[Trial]:
+    """The value falls with the slope, and with it the figure: at a = 0 it is 3/4, at a = 1 about 1/3."""
+    trials = []
+    for number in range(num_trials):
+        trial = claim(running, spec)
+        weights = spec.spec.space.weights(trial.params, 4)
+        excesses = spec.excesses({"balance": 1 - weights[-1] / sum(weights)})
+        if number % 7 == 6:  # a pruned one says nothing of its figures
+            trial.report(9.0, 1)
+            running.tell(trial, state=TrialState.PRUNED)
+            continue
+        running._storage.set_trial_system_attr(trial._trial_id, "constraints", excesses)
+        running.tell(trial, -trial.params["a"])
+        trials.append(trial)
+    return trials
+
+
+@pytest.mark.parametrize("kind", ("tpe", "gp"))
+def test_a_sampler_that_learns_keeps_to_the_constraints_and_goes_to_their_edge(kind: str) -> None:
+    """Without them it goes to a = 3."""
+    running, spec = optuna.create_study(), constrained(kind, 0.5)
+    late = [trial.params["a"] for trial in run_constrained(running, spec, 42)[-12:]]
+    edge = 0.61  # where exp(-a) + exp(-2a) + exp(-3a) = 1: by hand, x + x^2 + x^3 = 1 at x = 0.5437
+    assert 0.2 < np.median(late) < edge + 0.15
+    free = [trial.params["a"] for trial in run_constrained(optuna.create_study(), constrained(kind, 0.0), 42)[-12:]]
+    assert np.median(free) > 2
+
+
+def test_trials_that_miss_a_constraint_are_the_last_of_the_best_however_good_their_value() -> None:
+    best = [create_trial(value=5.0), create_trial(value=-9.0, system_attrs={"constraints": [0.1, -3.0]})]
+    best += [create_trial(state=TrialState.PRUNED, value=7.0, intermediate_values={1: 7.0})]
+    best += [create_trial(value=-99.0, system_attrs={"constraints": [0.3, -3.0]}), create_trial(value=6.0)]
+    for number, trial in enumerate(best):
+        trial.number = number
+    assert [trial.number for trial in samplers._best_of(best)] == [0, 4, 2, 1, 3]
+
+
 def prune_all(spec: Study, scores: list[float], *, metric: float | None = None) -> list[FrozenTrial]:
     """One trial after another, each falling to its score from above; the last step is not asked about.
 
@@ -464,6 +581,15 @@ def test_the_axis_that_the_value_depends_on_is_the_important_one() -> None:
     control = create_trial(value=-9.0, params={"a": 0, "b": -1}, distributions=SPACE, user_attrs={"role": "control:x"})
     running.add_trials([control] * 9)
     assert importances(running, study()) == found, "controls are nobody's proposals"
+
+
+def test_choices_and_whole_numbers_have_an_importance_too(tmp_path: Path) -> None:
+    running, spec = optuna.create_study(), mixed("random", tmp_path, "tune.curriculum=")
+    for _ in range(120):
+        trial = claim(running, spec)
+        running.tell(trial, 9.0 * (trial.params["curriculum"] != "tirt") + trial.number % 7)
+    found = importances(running, spec)
+    assert next(iter(found)) == "curriculum" and found.keys() == spec.spec.searched.keys()
 
 
 def test_importances_are_not_worked_out_of_a_single_axis_or_three_trials() -> None:

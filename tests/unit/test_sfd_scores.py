@@ -10,7 +10,7 @@ from bdense_core.checkpoints import load_network, save_network
 from bdense_core.evaluation import Metric
 from bdense_core.files import HashedFile, sha256_of_file
 from bdense_core.images import read_image
-from bdense_core.loops import scoring, sfd_scores, sfd_targets
+from bdense_core.loops import scoring, sfd_targets
 from bdense_core.loops.sfd_run import Distillation
 from bdense_core.methods.sfd import SFD
 from bdense_core.sampling import draw, sampler_of, teacher_sampler

@@ -242,6 +242,34 @@ def test_the_intervals_of_a_study_are_those_that_its_method_trains() -> None:
     assert annealed.spec.space == Annealed(a0=(-1, 3), a1=(0, 5))
 
 
+def test_each_free_axis_may_have_a_range_of_its_own() -> None:
+    """Of three terms: log(w1 / w3) and log(w2 / w3)."""
+    space = Free(u=((-4.6, 0), (-2.3, 2.3)))
+    assert space.axes(3, 1) == {"u1": (-4.6, 0), "u2": (-2.3, 2.3)}
+    assert space.weights({"u1": math.log(0.1), "u2": math.log(2)}, 3) == pytest.approx([0.1 / 3.1, 2 / 3.1, 1 / 3.1])
+    assert space.params_of((0.1, 2, 1), 1) == pytest.approx({"u1": math.log(0.1), "u2": math.log(2)})
+    assert space.params_of((2, 2, 1), 1) is None, "u1 is above its own range"
+    assert [key_of(space, axis) for axis in ("u1", "u2")] == ["space.u"] * 2
+    with pytest.raises(BadValue, match="u has 2 ranges, and 4 weights of a given sum have 3 axes"):
+        space.axes(4, 1)
+
+
+def test_ranges_of_single_axes_are_stored_and_read_again(tmp_path: Path) -> None:
+    each = {"family": "free", "u": [[-4.6, 0], [-2.3, 2.3], [0, 1]]}
+    study = resolved(tmp_path, {}, {"space": each})
+    assert study.to_dict()["space"]["u"] == [[-4.6, 0.0], [-2.3, 2.3], [0.0, 1.0]]
+    assert Study.from_dict(study.to_dict()) == study
+
+
+@pytest.mark.parametrize("space", [LogLinear(), Slope(), LogQuadratic(), Free(), Annealed(), PerInterval()])
+def test_a_family_takes_its_own_parameters_out_of_a_proposal(space: Family) -> None:
+    params = {name: 0.5 * number for number, name in enumerate(space.axes(4, 2))}
+    whole = {"zeal": "high", **params, "lr": 1e-4}
+    assert space.weights(whole, 4) == space.weights(params, 4)
+    assert space.schedule(whole, 4, 2) == space.schedule(params, 4, 2)
+    assert space.curve(whole, 4) == space.curve(params, 4)
+
+
 def test_only_an_axis_with_a_width_is_searched() -> None:
     assert free_axes(LogLinear(b=(-2, -2)).axes(4, 2)) == {"a": (-1.0, 3.0)}
 
@@ -269,6 +297,15 @@ def test_another_method_replaces_the_settings_of_the_one_below_it(tmp_path: Path
     assert (study.spec.method.kind, study.spec.method.noise) == ("synthetic", 0.5)
 
 
+def test_with_a_method_goes_what_is_said_of_its_settings_and_figures(tmp_path: Path) -> None:
+    below = {"tune": {"shift": [0, 0.5]}, "constraints": {"balance": {"max": 0.5}}}
+    same = resolved(tmp_path, below, {"tune": {"flavour": None}}, "method.noise=0.5").spec
+    assert list(same.tuned) == ["shift", "flavour"] and list(same.constraints) == ["balance"]
+    other = {"method": {"kind": "sfd"}, "teacher": "digits", "tune": {"lr": None}}
+    assert list(resolved(tmp_path, below, other).spec.tuned) == ["lr"]
+    assert resolved(tmp_path, below, other).spec.constraints == {}
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -279,6 +316,11 @@ def test_another_method_replaces_the_settings_of_the_one_below_it(tmp_path: Path
         ({"family": "slope", "loss_scale": 0}, "space.loss_scale in .* greater than 0"),
         ({"family": "slope", "loss_scale": float("inf")}, "space.loss_scale must be finite"),
         ({"a": "wide"}, "space.a"),
+        ({"family": "free", "u": "wide"}, "space.u in .*; got 'wide'"),
+        ({"family": "free", "u": [[0, "wide"], [0, 1], [0, 1]]}, r"space\.u\.0\.1 in .*; got 'wide'"),
+        ({"family": "free", "u": [[1, 0], [0, 1], [0, 1]]}, "must rise"),
+        ({"family": "free", "u": [[0, 1], [0, 1]]}, "space.u has 2 ranges"),
+        ({"family": "free", "u": [[0, 1], [0, float("inf")], [0, 1]]}, "space.u must be finite"),
         ("slope", "space in "),
     ],
 )

@@ -2,14 +2,24 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bdense_core import assets
+from bdense_core.data import DATASETS
+from bdense_core.dataset_names import DATASET_NAMES
 from bdense_core.errors import BadValue, CheckpointError, ConfigError, UnknownKey
-from search.spec import Study, differences, flatten, known_keys
+from bdense_core.files import HashedFile
+from search import study_file
+from search.errors import MissingFile
+from search.preflight import preflight
+from search.settings import Settings
+from search.spec import Arm, ComparisonSection, Study, differences, flatten, known_keys
 from search.study_file import load_study, studies_folder
 
 MINIMAL = {"name": "t", "method": {"kind": "synthetic"}}
@@ -109,13 +119,89 @@ def test_a_teacher_that_does_not_exist_is_named(tmp_path: Path) -> None:
         load_study(write(tmp_path, values))
 
 
+def test_the_names_of_data_sets_are_known_without_torch() -> None:
+    assert set(DATASET_NAMES) == set(DATASETS)
+    code = "import sys, search.study_file; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def with_data(folder: Path, dataset: str, *overrides: str, tolerate: bool = False) -> Study:
+    content = {"name": "t", "method": {"kind": "dash"}, "teacher": "mine.safetensors", "dataset": dataset}
+    content["evaluation"] = {"features": "mine-features.safetensors", "reference": "mine-reference.safetensors"}
+    for role in ("teacher", "features", "reference"):
+        name = "mine.safetensors" if role == "teacher" else f"mine-{role}.safetensors"
+        shutil.copy(assets.path(f"digits/{role}.safetensors"), folder / name)
+    return load_study(write(folder, content), overrides=overrides, tolerate_missing=tolerate)
+
+
+def test_a_method_that_trains_on_data_gets_it_by_name_or_as_a_path_that_every_node_finds(tmp_path: Path) -> None:
+    images = tmp_path / "images.npz"
+    images.write_bytes(b"")
+    assert with_data(tmp_path, "digits").dataset == "digits"
+    study = with_data(tmp_path, "images.npz")
+    assert study.dataset == str(images)
+    assert Study.from_dict(study.to_dict()) == study
+    assert study.task((1.0,) * 3, 0, cache_root=tmp_path).dataset == str(images)
+    elsewhere = replace(study, dataset="/elsewhere/images.npz")
+    assert differences(study.to_dict(), elsewhere.to_dict()) == [], "where it lies is the machine's affair"
+    assert load_study(studies_folder() / "digits.yaml").dataset is None, "SFD trains on noise alone"
+
+
+def test_a_data_set_that_is_not_there_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match=r"no data set 'nowhere\.npz'"):
+        with_data(tmp_path, "nowhere.npz")
+    (told,) = with_data(tmp_path, "nowhere.npz", tolerate=True).missing
+    assert "no data set 'nowhere.npz'" in told
+
+
+def test_a_data_set_that_has_gone_since_stops_a_launch(tmp_path: Path) -> None:
+    (tmp_path / "images.npz").write_bytes(b"")
+    study = with_data(tmp_path, "images.npz")
+    (tmp_path / "images.npz").unlink()
+    with pytest.raises(MissingFile, match=r"the data set .*images\.npz does not exist any more"):
+        preflight(study, Settings.load(home=tmp_path))
+
+
+@pytest.mark.parametrize(("teacher", "is_of_digits"), [("digits-other", True), ("digits16-other", False)])
+def test_a_shipped_teacher_is_of_the_data_set_before_its_dash(
+    teacher: str, is_of_digits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = (*assets.names(), f"{teacher}/teacher.safetensors")
+    monkeypatch.setattr(assets, "names", lambda: shipped)
+    monkeypatch.setattr(assets, "hashed", lambda name: HashedFile(path=name, sha256="0"))
+    monkeypatch.setattr(study_file, "features_name", lambda _: "digits")
+    path = write(tmp_path, MINIMAL | {"method": {"kind": "sfd"}, "teacher": teacher})
+    if is_of_digits:
+        assert load_study(path).spec.teacher == teacher
+    else:
+        with pytest.raises(BadValue, match="the teacher 'digits16-other' was trained on 'digits16'"):
+            load_study(path)
+
+
+def test_a_comparison_that_goes_on_has_the_settings_it_had(tmp_path: Path) -> None:
+    def comparison(**settings: float) -> ComparisonSection:
+        arm = Arm(name="trial-1", weights=(1.0, 1.0), settings=settings)
+        return ComparisonSection(kind="confirm", of="s", of_created="", target="s", arms=(arm,), seeds=(1,))
+
+    assert comparison(shift=0.5).joined(comparison(shift=0.5)) == comparison(shift=0.5)
+    with pytest.raises(BadValue, match="it has other weights or settings called trial-1"):
+        comparison(shift=0.5).joined(comparison(shift=0.25))
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, "1"])
+def test_a_setting_of_an_arm_stays_of_its_kind(value: object) -> None:
+    arm = Arm(name="x", weights=(1.0,), settings={"s": value})
+    again = Arm.model_validate_json(arm.model_dump_json())
+    assert type(again.settings["s"]) is type(value) and again == arm
+
+
 def test_a_name_is_looked_for_among_the_models(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "mine"
     folder.mkdir(parents=True)
     shutil.copy(assets.path("digits/teacher.safetensors"), folder / "teacher.safetensors")
     path = write(tmp_path, MINIMAL | {"method": {"kind": "sfd"}, "teacher": "mine"})
     assert load_study(path, models=tmp_path / "models").teacher.path == str(folder / "teacher.safetensors")
-    with pytest.raises(CheckpointError, match=r"known by name: digits, digits16, mine; did you mean mine"):
+    with pytest.raises(CheckpointError, match=r"known by name: digits, .*mine; did you mean mine"):
         load_study(path, models=tmp_path / "models", overrides=("teacher=mime",))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bdense_core.methods.base import with_settings
 from bdense_core.methods.synthetic import Synthetic
 from bdense_core.task import Score, Task
 from search import worker
@@ -58,6 +59,27 @@ def test_a_score_is_passed_on_whole_as_plain_values() -> None:
     # At the best share of 3/4 nothing is left but the optimum, 4.
     expected = {"value": 4.0, "surrogate": 4.0, "evaluations": [4.0, 4.0], "repeats": [[1, 3, 4.0]]}
     assert json.loads(json.dumps(score)).items() >= expected.items()
+
+
+def test_further_figures_are_passed_on_and_those_that_are_no_numbers_are_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = {"rho": 0.75, "cos": float("nan"), "gap": float("inf")}
+    last = Score(kimg=3, value=1.0, done=1.0, metrics=figures)
+    task = Task(weights=(1.0, 1.0), seed=0, every_kimg=1, teacher=None, evaluation=None, cache_root=None)
+    monkeypatch.setattr(worker, "distill", lambda *_: (event for event in [last]))
+    (score,) = run_trial(payload(Synthetic(num_branches=2), task, (0,)))
+    assert (score["event"], score["value"], score["metrics"]) == ("score", 1.0, [["rho", 0.75]])
+    assert score["note"] == "not kept, as no number: cos is nan, gap is inf"
+    json.dumps(score, allow_nan=False)
+
+
+def test_a_trial_with_settings_of_its_own_is_another_run_of_the_method() -> None:
+    """By hand: 4 + curvature 4 x (1/2)^2 = 5 at the best share, and half more for bitter."""
+    task = Task(weights=(1.0, 3.0), seed=0, every_kimg=3, teacher=None, evaluation=None, cache_root=None)
+    method = with_settings(Synthetic(num_branches=2, noise=0.0), {"shift": 0.5, "flavour": "bitter"})
+    *_, score = run_trial(payload(method, task, (0,)))
+    assert (score["value"], score["metrics"]) == (5.5, [["balance", 0.25]])
 
 
 def test_images_and_learned_shares_are_passed_on_as_text_and_list(monkeypatch: pytest.MonkeyPatch) -> None:
