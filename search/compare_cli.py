@@ -97,6 +97,7 @@ def transfer(
     """
     logs.configure(log_format)
     from search import derived
+    from search.comparison import further_table
     from search.transfer import to_object, transfer_table, transfer_tables
     from search.weights_file import read
 
@@ -110,6 +111,8 @@ def transfer(
         return
     print_table(transfer_table(tables[0]))
     for number, item in tables[0].comparisons.items():
+        if (figures := further_table(item)) is not None:
+            print_table(figures)
         click.echo(f"NFE {number}: {item.verdict}")
 
 

@@ -113,7 +113,8 @@ class Metrics:
         self._states |= tally.keys()  # what has gone down to 0 is still shown
         for state, role in self._states:
             self._trials.labels(self._study, state, role).set(tally[state, role])
-        finished = [row.value for row in rows if row.state == "COMPLETE" and row.value is not None]
+        ended = [row for row in rows if row.state == "COMPLETE" and not row.violated]
+        finished = [row.value for row in ended if row.value is not None]
         if finished:
             self._best.labels(self._study).set(min(finished))
 

@@ -17,7 +17,7 @@ MOST_LINES = 80
 @pytest.fixture(scope="module")
 def blocks() -> dict[str, str]:
     page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
-    return {language: text for language, text in re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)}
+    return dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def test_a_method_takes_a_module_and_a_member_of_the_union(checkout, user):
             capture_output=True,
             text=True,
             timeout=240,
+            check=False,
         )
 
     launched = run("search/launch_study.py", "toy.yaml", "--no-dashboard")
