@@ -38,7 +38,8 @@ from search import noise
 from search.comparison import compare
 from search.records import SEARCH, Row
 from search.samplers import make_sampler
-from search.spec import Arm, Study
+from search.sections import Arm
+from search.spec import Study
 from search.study_file import load_study, studies_folder
 
 TOP = 3

@@ -21,7 +21,8 @@ from bdense_core.weights import Weights, shares
 from search.labels import settings_text
 from search.records import Row
 from search.scores import Scores
-from search.spec import Arm, ComparisonSection, Study
+from search.sections import Arm, ComparisonSection
+from search.spec import Study
 from search.statistics import LEVEL, Interval, chance_of_no_gain, holm, mean_interval, paired
 
 ERROR_RATE = 0.05

@@ -13,7 +13,8 @@ from search.comparison import are_equal
 from search.errors import NothingFinished
 from search.noise import choosable
 from search.records import CONTROL, Row
-from search.spec import Arm, ComparisonSection, Study, validate
+from search.sections import Arm, ComparisonSection
+from search.spec import Study, validate
 from search.storage import Studies, StudyStore
 from search.study_file import load_study
 

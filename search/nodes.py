@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search import room
 from search.errors import ClusterError
-from search.spec import ResourcesSection
+from search.sections import ResourcesSection
 
 _ANSWER_WITHIN_S = 60.0  # a node starts a process for the question, perhaps from a slow network disk
 _JOINED_ANSWER_WITHIN_S = 10.0  # trials run meanwhile, and nobody listens to them while we wait

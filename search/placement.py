@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 
 from search.errors import ClusterError
 from search.room import Room
-from search.spec import ResourcesSection
+from search.sections import ResourcesSection
 from search.worker import run_trial
 
 STOP_WITHIN_S = 30

@@ -9,8 +9,9 @@ from bdense_core.methods.base import with_settings
 from bdense_core.network_config import NetworkConfig
 from search.catalogue import CATALOGUE
 from search.preflight import free_bytes, lacking_room
+from search.sections import Arm, EvaluationSection
 from search.settings import Settings
-from search.spec import Arm, EvaluationSection, Study
+from search.spec import Study
 
 PAPER_TFLOPS = 59.0
 """The rate behind the paper's 44 minutes on one A100 for CIFAR-10 at NFE 2 (arXiv 2602.15971): 200,000 trajectories

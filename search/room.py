@@ -13,7 +13,7 @@ from ray._private import (
 )  # public `available_resources` adds the nodes up; whether a trial fits is a node's matter
 
 from search.errors import ClusterError
-from search.spec import ResourcesSection
+from search.sections import ResourcesSection
 
 _LOOK_AGAIN_S = 1.0
 _EPSILON = 1e-6  # Ray counts in steps of 1e-4

@@ -19,7 +19,8 @@ from search.console import (
 from search.logs import say
 
 if TYPE_CHECKING:
-    from search.spec import Arm, Study
+    from search.sections import Arm
+from search.spec import Study
 
 _path = click.Path(path_type=Path)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -156,7 +157,7 @@ def _chosen(study: "Study", a: float | None, b: float | None, weights: str | Non
         BadValue: none or several ways, an unknown control, or not numbers.
     """
     from bdense_core.weights import MIN_INTERCEPT, checked, log_linear
-    from search.spec import Arm
+    from search.sections import Arm
 
     given = sum(value is not None for value in (a, weights, control))
     if given != 1 or (a is None) != (b is None):

@@ -22,7 +22,8 @@ from bdense_core.files import sha256_of
 from bdense_core.methods.base import Axis
 from search import tuning
 from search.records import SEARCH, Params
-from search.spec import SamplerSection, Study
+from search.sections import SamplerSection
+from search.spec import Study
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _MOST_POINTS = 500

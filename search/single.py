@@ -18,8 +18,9 @@ from bdense_core.weights import shares
 from search.judging import draw_samples
 from search.preflight import preflight
 from search.progress import Meter
+from search.sections import Arm
 from search.settings import Settings
-from search.spec import Arm, Study, identity_of
+from search.spec import Study, identity_of
 from search.version import PACKAGES, code_version, package_version
 
 _OURS = {"student.safetensors", "samples.png", "result.json", "snapshots"}

@@ -24,7 +24,8 @@ from search.database import Database, outlasting
 from search.errors import StudyBusy, StudyExists, StudyNotFound
 from search.lifecycle import Trials
 from search.records import SEARCH, Counts, Params, Row, StudySummary, count, last_of_chains
-from search.spec import EDITABLE, Arm, Study, differences, known_keys, mutable_values
+from search.sections import Arm
+from search.spec import EDITABLE, Study, differences, known_keys, mutable_values
 from search.study_file import check_search
 from search.tuning import value_of
 from search.version import code_version

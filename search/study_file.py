@@ -15,8 +15,9 @@ from search import tuning
 from search.datasets import find_dataset
 from search.errors import MissingFile
 from search.model_files import Role, features_name, find
+from search.sections import EvaluationSection
 from search.space import family_of, free_axes
-from search.spec import EvaluationSection, Study, StudySpec, flatten, validate
+from search.spec import Study, StudySpec, flatten, validate
 
 _LARGEST_GRID = 100_000
 """Points: all of them are held in memory."""

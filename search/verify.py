@@ -28,8 +28,9 @@ from search.errors import MissingFile
 from search.model_files import Role, check_reference, features_name, find
 from search.preflight import preflight
 from search.progress import Meter
+from search.sections import EvaluationSection
 from search.settings import Settings
-from search.spec import EvaluationSection, Study
+from search.spec import Study
 from search.statistics import residual_deviation
 from search.version import code_version, package_version
 from search.weights_file import complaints, seal_of

@@ -26,7 +26,7 @@ from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 from search import placement  # noqa: E402
-from search.spec import ResourcesSection  # noqa: E402
+from search.sections import ResourcesSection  # noqa: E402
 
 Results = Generator[dict[str, Any], None, None]
 

@@ -16,7 +16,8 @@ from search.comparison import Comparison, are_equal, compare, further_table, tab
 from search.errors import UnlikeProtocols
 from search.records import ARM, Row
 from search.scores import Scores
-from search.spec import Arm, Study
+from search.sections import Arm
+from search.spec import Study
 from search.study_file import load_study
 from tests.rows import row
 

@@ -5,7 +5,7 @@ import pytest
 from search import room
 from search.errors import ClusterError
 from search.room import Node, Room
-from search.spec import ResourcesSection
+from search.sections import ResourcesSection
 
 FREE = Node(cpus=4, gpus=0, free_cpus=4, free_gpus=0)
 TAKEN = Node(cpus=4, gpus=0, free_cpus=0, free_gpus=0)

@@ -18,8 +18,9 @@ from bdense_core.files import HashedFile
 from search import study_file
 from search.errors import MissingFile
 from search.preflight import preflight
+from search.sections import Arm, ComparisonSection
 from search.settings import Settings
-from search.spec import Arm, ComparisonSection, Study, differences, flatten, known_keys
+from search.spec import Study, differences, flatten, known_keys
 from search.study_file import load_study, studies_folder
 
 MINIMAL = {"name": "t", "method": {"kind": "synthetic"}}

@@ -23,7 +23,7 @@ from bdense_core.methods.synthetic import Synthetic
 from bdense_core.task import Task
 from search import checkpoints, worker
 from search.checkpoints import Checkpoints
-from search.spec import CheckpointSection
+from search.sections import CheckpointSection
 from search.study_file import load_study
 from search.worker import payload, run_trial
 
