@@ -17,6 +17,7 @@ from search.sections import Arm, ComparisonSection
 from search.spec import Study, validate
 from search.storage import Studies, StudyStore
 from search.study_file import load_study
+from search.tuning import value_of
 
 _FRESH = 1000
 """Fresh training seeds begin so far above a study's own, of which there are at most a hundred."""
@@ -186,7 +187,7 @@ def _check_fits(exported: dict[str, Any], arm: Arm, target: Study) -> None:
             f"them in {space} space, where the same weights mean something else; choose another target"
         )
     try:
-        with_settings(target.spec.method, arm.settings)
+        _check_settings(arm, target)
     except ConfigError as error:
         raise BadValue(f"{arm.name} has settings that the target {target.name!r} cannot take: {error}") from error
     rows = {len(row) for row in arm.schedule}
@@ -195,6 +196,22 @@ def _check_fits(exported: dict[str, Any], arm: Arm, target: Study) -> None:
             f"{arm.name} has weights for each of {max(rows)} intervals, the target has {target.num_intervals} at NFE "
             f"{target.spec.method.nfe}; transfer it where there are as many"
         )
+
+
+def _check_settings(arm: Arm, target: Study) -> None:
+    """Whether they are such as a study may search: the budget, for one, has to be that of the target's controls.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    method = target.spec.method
+    with_settings(method, arm.settings)
+    axes = method.axes()
+    for name, value in arm.settings.items():
+        if name not in axes:
+            raise BadValue(f"method.{name} is nothing to search; what may be searched: {', '.join(axes) or 'none'}")
+        if axes[name].choices:
+            value_of(f"method.{name}", axes[name], value)
 
 
 def _derived(source: Study, name: str, comparison: ComparisonSection) -> Study:

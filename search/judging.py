@@ -126,7 +126,7 @@ def _opened(
     file = find(source, "teacher", folder=Path(), models=models)
     own = sampler_of(file.path)
     if own is not None and (solver or steps):
-        raise BadValue(f"{source} is a student for NFE {own.nfe}; leave --solver and --steps out")
+        raise BadValue(f"{source} has a sampler of its own, of NFE {own.nfe}; leave --solver and --steps out")
     network = place(load_network(file), check_device(device))
     return network, own or teacher_sampler(solver or "dpmpp", steps or 12)
 

@@ -106,7 +106,7 @@ class Trace:
     """One trial's scores over training, on its first training seed.
 
     Attributes:
-        detached: the last score is of another protocol (more samples), so no line leads to it.
+        detached: the last score is of other samples (more, or in other numbers of steps), so no line leads to it.
     """
 
     name: str

@@ -138,6 +138,7 @@ def reference(
 @click.option("--lr", default=1e-3, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--conditional", is_flag=True, help="Tell the network the labels.")
+@click.option("--guided", is_flag=True, help="Train as DASH does: classes, for guidance, and TIRT's curriculum.")
 @click.option("--flip", is_flag=True, help="Mirror images at random.")
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @device_option
@@ -152,24 +153,34 @@ def train_teacher(
     lr: float,
     seed: int,
     conditional: bool,
+    guided: bool,
     flip: bool,
     precision: str,
     device: str,
     form: str,
 ) -> None:
-    """Train a teacher as EDM does; run it again after an interruption, and it goes on."""
+    """Train a teacher as EDM does, or as DASH does; run it again after an interruption, and it goes on."""
     if channels % (4 if channels <= 128 else 32):
         raise BadValue(f"--channels is {channels}; give a multiple of 4, above 128 one of 32")
+    from bdense_core.loops.dash_teacher import TeacherTraining
     from bdense_core.pretraining import Pretraining
-    from search.training import train
+    from search.training import AsDASH, AsEDM, train
 
+    if guided and (flip or precision != "float32"):
+        raise BadValue("--guided trains in float32 and mirrors nothing; leave --flip and --precision out")
+    recipe: AsEDM | AsDASH
     warmup, halflife = min(1000.0, kimg / 20), min(500.0, kimg / 20)
-    settings = Pretraining(
-        seed=seed, budget_kimg=kimg, batch=batch, lr=lr, warmup_kimg=warmup, ema_halflife_kimg=halflife,
-        flip=flip, precision=precision,  # type: ignore[arg-type]
-    )  # fmt: skip
+    if guided:
+        ema = min(0.9999, 0.5 ** (batch / 1000 / halflife))
+        recipe = AsDASH(TeacherTraining(seed=seed, budget_kimg=kimg, batch=batch, lr=lr, ema=ema), channels)
+    else:
+        settings = Pretraining(
+            seed=seed, budget_kimg=kimg, batch=batch, lr=lr, warmup_kimg=warmup, ema_halflife_kimg=halflife,
+            flip=flip, precision=precision,  # type: ignore[arg-type]
+        )  # fmt: skip
+        recipe = AsEDM(settings, channels, conditional)
     target, images = _target(name, "teacher.safetensors"), _dataset(dataset, load_settings().models)
-    print_values(train(images, settings, target, channels=channels, conditional=conditional, device=device), form)
+    print_values(train(images, recipe, target, device=device), form)
 
 
 COMMANDS = (import_teacher, fetch_teacher, fetch_dataset, import_features, reference, train_teacher)

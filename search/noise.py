@@ -75,11 +75,16 @@ def samples_at(study: Study, step: int) -> int | None:
     return early or study.evaluation.n_samples
 
 
+def what_differs(study: Study, step: int) -> str:
+    """What a score at this kimg is of other than a final one: "on 200 samples", "at NFE 8", both or nothing."""
+    samples, nfe = samples_at(study, step), study.nfe_at(step)
+    of_samples = [f"on {samples} samples"] if samples != samples_at(study, study.steps[-1]) else []
+    return " ".join([*of_samples, *([f"at NFE {nfe}"] if nfe != study.spec.method.nfe else [])])
+
+
 def is_of_other_samples(study: Study, row: Row) -> bool:
     """Whether a row was pruned at an early score of other samples than a final one's: it stands beside none."""
-    if row.state != "PRUNED" or row.last_step is None:
-        return False
-    return samples_at(study, row.last_step) != samples_at(study, study.steps[-1])
+    return row.state == "PRUNED" and row.last_step is not None and what_differs(study, row.last_step) != ""
 
 
 def rival(rows: list[Row], *, trained_only: bool = False) -> Row | None:

@@ -19,6 +19,7 @@ from search.noise import (
     samples_at,
     spreads,
     verdict,
+    what_differs,
 )
 from search.records import Row, StudySummary
 from search.samplers import importances
@@ -157,7 +158,7 @@ def _cells(study: Study, row: Row, axes: list[str], *, wide: bool) -> tuple[str,
     if row.state == "PRUNED" and row.last_step is not None:
         value, state = f"({value})", f"PRUNED at {row.last_step} kimg"
         if is_of_other_samples(study, row):
-            value, state = "", f"{state} with {_number(row.value)} on {samples_at(study, row.last_step)} samples"
+            value, state = "", f"{state} with {_number(row.value)} {what_differs(study, row.last_step)}"
     if row.violated:
         state = escape(f"violates {', '.join(row.violated)}")
     return (

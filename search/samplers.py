@@ -258,7 +258,23 @@ def _inner(study: Study, seed: int, ended: Ended) -> BaseSampler:
 def make_pruner(study: Study) -> BasePruner:
     """The study file's pruner; its steps are kimg."""
     pruner = _pruner(study)
-    return OnSurrogate(pruner) if study.spec.pruner.by == "surrogate" else pruner
+    pruner = OnSurrogate(pruner) if study.spec.pruner.by == "surrogate" else pruner
+    return AmongFeasible(pruner) if study.spec.constraints else pruner
+
+
+class AmongFeasible(BasePruner):
+    """Another pruner, to which trials that miss a constraint are nothing to be as good as.
+
+    Where a constraint binds they have the better scores, and would stop all that keeps it. Under Hyperband samplers
+    see all trials here, and not a bracket's alone.
+    """
+
+    def __init__(self, inner: BasePruner) -> None:
+        self._inner = inner
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        view: Any = _View(study, [t for t in study.get_trials(deepcopy=False) if not _excess(t)])
+        return self._inner.prune(view, trial)
 
 
 class OnSurrogate(BasePruner):

@@ -167,8 +167,19 @@ class Study:
 
     @property
     def early_is_other(self) -> bool:
-        """Whether scores on the way, which pruned trials end with, are of other samples than final ones."""
+        """Whether scores on the way, which pruned trials end with, are of other samples than final ones.
+
+        Of other numbers of them, or of students that make theirs in other numbers of steps.
+        """
+        if any(self.nfe_at(step) != self.spec.method.nfe for step in self.steps):
+            return True
         return self.evaluation is not None and self.evaluation.early_samples not in (None, self.evaluation.n_samples)
+
+    def nfe_at(self, step: int) -> int:
+        """Network calls for each image that the metric at this kimg is of; at the end they are the method's."""
+        method = self.spec.method
+        early = zip(self.steps[:-1], method.calls_to_score(self.spec.budget.every_kimg), strict=False)
+        return dict(early).get(step, method.nfe)
 
     @property
     def num_intervals(self) -> int:

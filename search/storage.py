@@ -137,9 +137,12 @@ class Studies:
 
     def comparisons_of(self, source: "StudyStore") -> list["StudyStore"]:
         """The confirmations and transfers of a search's weightings; not those of an earlier study of its name."""
-        found = [(store, store.study.spec.comparison) for store in self.ours()]
-        wanted = source.name, source.created
-        return [store for store, section in found if section and (section.of, section.of_created) == wanted]
+        wanted = {"of": source.name, "of_created": source.created}
+        return [
+            self.open(study.study_name)  # these alone: another study, of a newer version, is nothing to stumble over
+            for study in self.database.storage.get_all_studies()
+            if wanted.items() <= ((study.user_attrs.get(_SPEC) or {}).get("comparison") or {}).items()
+        ]
 
     def delete(self, name: str) -> None:
         """Remove a study with all its trials.

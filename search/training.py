@@ -3,8 +3,11 @@
 import hashlib
 import shutil
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from bdense_core import data
 from bdense_core.checkpoints import save_network
@@ -13,6 +16,10 @@ from bdense_core.errors import BadValue, BDenseError
 from bdense_core.evaluation import reference_statistics
 from bdense_core.features import load_features
 from bdense_core.frechet import save_statistics, statistics_from_npz
+from bdense_core.guidance import GuidedSampler
+from bdense_core.loops import dash_teacher
+from bdense_core.loops.dash_teacher import TeacherTraining
+from bdense_core.network_config import NetworkConfig
 from bdense_core.networks import Denoiser
 from bdense_core.pretraining import Pretraining, preset, pretrain
 from bdense_core.snapshots import Snapshots
@@ -26,9 +33,50 @@ _SHOWN = 64
 """Images in the grid that comes with a teacher."""
 
 
-def train(
-    dataset: str, settings: Pretraining, target: Path, *, channels: int, conditional: bool, device: str
-) -> dict[str, Any]:
+Training = Generator[Progress, None, tuple[Denoiser, dict[str, Any]]]
+"""Signs of life, then a network, and what its file says of it beside where it comes from."""
+
+
+@dataclass(frozen=True)
+class AsEDM:
+    """A denoiser as Karras et al. train it (arXiv 2206.00364), told the classes or not."""
+
+    settings: Pretraining
+    channels: int
+    conditional: bool = False
+
+    def config(self, images: Tensor, labels: Tensor) -> NetworkConfig:
+        return preset(images, int(labels.max()) + 1 if self.conditional else 0, self.channels)
+
+    def run(
+        self, images: Tensor, labels: Tensor, config: NetworkConfig, *, device: str, snapshots: Snapshots
+    ) -> Training:
+        network = yield from pretrain(images, labels, config, self.settings, device=device, snapshots=snapshots)
+        return network, {}
+
+
+@dataclass(frozen=True)
+class AsDASH:
+    """A DDPM with classes that are dropped now and then, for guidance, and TIRT's curriculum (arXiv 2606.00798)."""
+
+    settings: TeacherTraining
+    channels: int
+    conditional: Literal[True] = True
+
+    def config(self, images: Tensor, labels: Tensor) -> NetworkConfig:
+        return dash_teacher.preset(images, int(labels.max()) + 1, self.channels)
+
+    def run(
+        self, images: Tensor, labels: Tensor, config: NetworkConfig, *, device: str, snapshots: Snapshots
+    ) -> Training:
+        made = yield from dash_teacher.pretrain(
+            images, labels, config, self.settings, device=device, snapshots=snapshots
+        )
+        sampler = GuidedSampler(num_steps=50, guidance=1.5)
+        return made.network, {"tirt": made.tirt, "sampler": sampler.to_dict()}
+
+
+def train(dataset: str, recipe: AsEDM | AsDASH, target: Path, *, device: str) -> dict[str, Any]:
     """Train a teacher on a data set and write it, with a grid of its samples beside it.
 
     Raises:
@@ -36,31 +84,31 @@ def train(
     """
     kind = check_device(device).type
     images, labels = data.load(dataset)
-    if conditional and int(labels.max()) == 0:
-        raise BadValue(f"{dataset} has one class or no labels; leave --conditional out")
-    config = preset(images, int(labels.max()) + 1 if conditional else 0, channels)
+    if recipe.conditional and int(labels.max()) == 0:
+        raise BadValue(f"{dataset} has one class or no labels; leave --conditional and --guided out")
+    config, settings = recipe.config(images, labels), recipe.settings
     digest = hashlib.sha256(data.to_uint8(images).numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     identity = {"images_sha256": digest, "network": config.to_dict(), "settings": settings.to_dict(), "device": kind}
     snapshots = Snapshots(target.parent / "training", identity=identity)
     resumes = any((target.parent / "training").glob("snapshot-*"))
     with Meter("loss", images=settings.budget_kimg * 1000, resumes=resumes) as meter:
-        training = _Kept(pretrain(images, labels, config, settings, device=device, snapshots=snapshots))
+        training = _Kept(recipe.run(images, labels, config, device=device, snapshots=snapshots))
         for _ in meter.watch(training.run()):
             pass
-    network: Denoiser = training.result
+    network, more = training.result
     about = {
         "dataset": {"name": Path(dataset).name, "images": len(images), "images_sha256": digest},
         "training": settings.to_dict(),
         "weights": "moving average",
         "code_version": code_version(),
-    }
+    } | more
     made = save_network(network, target.parent / "training" / target.name, about)
     draw_samples(made.path, target.with_suffix(".png"), count=_SHOWN, seed=0, device=device)
     Path(made.path).replace(target)  # last: a file of this name ends the matter
     shutil.rmtree(target.parent / "training", ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     found = {"teacher": target.parent.name, "path": str(target), "sha256": made.sha256, "parameters": parameters}
-    return found | about
+    return found | {key: value for key, value in about.items() if key not in more}
 
 
 class _Kept:

@@ -15,6 +15,34 @@ _RESIDENT_BYTES = 4e9
 """A data set of at most so many bytes lives on the device whole: a batch is then one gather, and nothing is copied."""
 
 
+def check_fit(images: Tensor, labels: Tensor, config: NetworkConfig, *, name: str) -> None:
+    """Whether a network is for such images [N, C, H, W] and classes [N].
+
+    Args:
+        name: of the data set, for people.
+
+    Raises:
+        ShapeMismatch: images of another size.
+        BadValue: labels that the network does not know.
+    """
+    wanted = [config.img_channels, config.img_resolution, config.img_resolution]
+    if list(images.shape[1:]) != wanted:
+        raise ShapeMismatch(
+            f"images of {name} are {list(images.shape[1:])}, but the network is for {wanted}; "
+            "name the data set that the teacher was trained on"
+        )
+    if config.label_dim and not 0 <= int(labels.min()) <= int(labels.max()) < config.label_dim:
+        raise BadValue(
+            f"{name} has labels {int(labels.min())} to {int(labels.max())}, but the network knows 0 to "
+            f"{config.label_dim - 1}; name the data set that the teacher was trained on"
+        )
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """Bytes of images on the device, if they are few enough to stay there."""
+    return images.to(device) if images.numel() <= _RESIDENT_BYTES else images
+
+
 class Images:
     """The images of a task's data set, drawn with replacement: row r of a training seed is the same in any batches.
 
@@ -32,23 +60,10 @@ class Images:
         if task.dataset is None:
             raise BadValue("this method trains on images and the study names none; set dataset")
         images, labels = data.load_bytes(task.dataset)
-        wanted = [config.img_channels, config.img_resolution, config.img_resolution]
-        if list(images.shape[1:]) != wanted:
-            raise ShapeMismatch(
-                f"images of {task.dataset} are {list(images.shape[1:])}, but the teacher makes {wanted}; name the data "
-                "set that the teacher was trained on"
-            )
-        if config.label_dim and int(labels.max()) >= config.label_dim:
-            raise BadValue(
-                f"{task.dataset} has labels up to {int(labels.max())}, the teacher knows {config.label_dim} classes; "
-                "name the data set that the teacher was trained on"
-            )
+        check_fit(images, labels, config, name=task.dataset)
         self._seed, self._flip, self._device = task.seed, flip, device
         self._num_classes = config.label_dim
-        self._images, self._labels = images, labels
-        if device.type == "cuda":
-            small = self._images.numel() <= _RESIDENT_BYTES
-            self._images = self._images.to(device) if small else self._images.pin_memory()
+        self._images, self._labels = placed(images, device), labels
 
     def __len__(self) -> int:
         return len(self._images)
@@ -66,7 +81,7 @@ class Images:
         Both are on the device.
         """
         chosen = seeds.index_rows(self._seed, "images", first, end, len(self._images))
-        taken = self._images[chosen.to(self._images.device)].to(self._device, non_blocking=True)
+        taken = self._images[chosen.to(self._images.device)].to(self._device)
         images = taken.float() / 127.5 - 1
         if self._flip:
             mirrored = seeds.index_rows(self._seed, "flips", first, end, 2).bool().to(self._device)

@@ -63,7 +63,7 @@ def targets(teacher: vp.Denoise, z: Tensor, index: Tensor, steps: Steps) -> Tens
     levels = [steps.schedule.at(u) for u in steps.times(index)]
     seen = torch.stack([believed.x for believed, _ in vp.ddim(teacher, z, levels)], dim=1)  # [B, T, C, H, W]
     added = torch.stack([level.alpha / level.sigma for level in levels], dim=1).diff(dim=1)  # [B, T]
-    added[index == 0, -1] = torch.inf
+    added[:, -1].masked_fill_(index == 0, torch.inf)
     return torch.stack([_mean(seen[:, :end], added[:, :end]) for end in _ends(steps)], dim=1)
 
 

@@ -21,7 +21,7 @@ from bdense_core.loops.scoring import Scorer
 from bdense_core.loops.teacher import Endpoints, FrozenTeacher
 from bdense_core.methods.pd import PD
 from bdense_core.networks import Denoiser, NetworkConfig, build
-from bdense_core.precision import HalfDenoiser, Precision, Trainee, in_precision
+from bdense_core.precision import HalfDenoiser, Trainee, in_precision
 from bdense_core.sampling import DDIMSampler
 from bdense_core.snapshots import Snapshot
 from bdense_core.task import Event, Score, Task
@@ -52,18 +52,18 @@ def run(method: PD, task: Task) -> Generator[Event, None, None]:
         distillation.close()
 
 
-def sampler_for(method: PD, num_steps: int, precision: Precision) -> DDIMSampler:
+def sampler_for(method: PD, num_steps: int) -> DDIMSampler:
     """DDIM in so many steps, its images clipped: in sampling alone, as the authors' (spec/methods.md 2.1)."""
     grid = vp.Cosine(method.logsnr_min, method.logsnr_max).grid(num_steps)
     levels = tuple(float(level.in_exploding) for level in grid)
-    return DDIMSampler(sigmas=levels, clip=True, precision=precision)
+    return DDIMSampler(sigmas=levels, clip=True, precision=method.precision)
 
 
 class TeacherEndpoints(Endpoints):
     """The images of the first teacher, by as many steps as it has."""
 
     def __init__(self, method: PD, task: Task, config: NetworkConfig, teacher: FrozenTeacher) -> None:
-        self._sampler = sampler_for(method, method.start_steps, method.precision)
+        self._sampler = sampler_for(method, method.start_steps)
         super().__init__(task, config, teacher, {"endpoints": ENDPOINTS, "sigmas": list(self._sampler.sigmas)})
         self._asked = teacher
 
@@ -86,9 +86,8 @@ class _Staged(Run):
 
     def measure(self, step: int) -> Generator[None, None, Score]:
         """The score of the stage that ends here, with the metric of all stages so far, on all samples."""
-        network, precision = self._sampling()
-        stage = self._steps.index(step)
-        sampler = sampler_for(self._method, self._method.stage_steps[stage], precision)
+        network, stage = self._sampled(), self._steps.index(step)
+        sampler = sampler_for(self._method, self._method.stage_steps[stage])
 
         def sample(noise: Tensor, labels: Tensor | None) -> Tensor:
             return sampler(network, noise, labels)
@@ -101,12 +100,11 @@ class _Staged(Run):
         return replace(score, metrics=earlier | {list(self._method.metrics())[stage]: value})
 
     def student(self) -> tuple[Denoiser, dict[str, Any]]:
-        network, precision = self._sampling()
-        return without_branches(network.full), sampler_for(self._method, self._method.nfe, precision).to_dict()
+        return without_branches(self._sampled().full), sampler_for(self._method, self._method.nfe).to_dict()
 
     @abstractmethod
-    def _sampling(self) -> tuple[HalfDenoiser, Precision]:
-        """The network that is scored, and what it computes in."""
+    def _sampled(self) -> HalfDenoiser:
+        """The network that is scored."""
 
 
 class TeacherAlone(_Staged):
@@ -133,8 +131,8 @@ class TeacherAlone(_Staged):
     def restore(self, found: Snapshot) -> None:
         pass
 
-    def _sampling(self) -> tuple[HalfDenoiser, Precision]:
-        return self._teacher.network, self._method.precision
+    def _sampled(self) -> HalfDenoiser:
+        return self._teacher.network
 
 
 class Distillation(_Staged):
@@ -153,7 +151,7 @@ class Distillation(_Staged):
         )
         self._images = Images(task, self.config, self._device, flip=method.flip)
         self._targets = FirstTargets(method, task, self._teacher, self._images, self.config)
-        self._enter(0, teacher, method.precision)
+        self._enter(0, teacher)
         self.resume()
 
     def close(self) -> None:
@@ -162,7 +160,7 @@ class Distillation(_Staged):
 
     def prepare(self) -> Iterator[str]:
         if self.iteration == self._method.stage_ends[self._stage]:
-            self._enter(self._stage + 1, without_branches(self._trainee.student), self._trainee.precision)
+            self._enter(self._stage + 1, without_branches(self._trainee.student))
         if self._stage == 0:
             for _ in self._targets.fill(*self._rows):
                 yield "teacher cache"
@@ -175,10 +173,6 @@ class Distillation(_Staged):
             group["lr"] = self._rate()
         weights = self._weights()
         losses = self._gradients(batch, target, weights)
-        if losses is None:
-            self._trainee.fall_back()
-            losses = self._gradients(batch, target, weights)
-            assert losses is not None, "float32 has nothing to fall back to"
         self._trainee.step()
         return [(None, float((losses * weights).sum()))]
 
@@ -186,27 +180,25 @@ class Distillation(_Staged):
         tensors = self._trainee.state()
         if self._stage:
             tensors |= {f"{_TEACHER}{name}": tensor for name, tensor in self._promoted.full.state_dict().items()}
-        return tensors, {"stage": self._stage, "precision": self._trainee.precision}
+        return tensors, {"stage": self._stage}
 
     def restore(self, found: Snapshot) -> None:
         if stage := found.values["stage"]:
             teacher = build(self.config)
             state = {name.removeprefix(_TEACHER): t for name, t in found.tensors.items() if name.startswith(_TEACHER)}
             teacher.load_state_dict(state)
-            self._enter(stage, teacher, found.values["precision"])
-        elif found.values["precision"] != self._trainee.precision:
-            self._trainee.fall_back()
+            self._enter(stage, teacher)
         self._trainee.restore(found.tensors)
 
-    def _sampling(self) -> tuple[HalfDenoiser, Precision]:
-        return HalfDenoiser(self._trainee.network, self._trainee.student), self._trainee.precision
+    def _sampled(self) -> HalfDenoiser:
+        return HalfDenoiser(self._trainee.network, self._trainee.student)
 
     @property
     def _rows(self) -> tuple[int, int]:
         """Of the coming iteration."""
         return self.iteration * self.batch, (self.iteration + 1) * self.batch
 
-    def _enter(self, stage: int, teacher: Denoiser, precision: Precision) -> None:
+    def _enter(self, stage: int, teacher: Denoiser) -> None:
         """Begin a stage: a student that is its teacher's copy, and an optimizer that has seen nothing.
 
         In the first one the task's own teacher is asked, through the cache.
@@ -221,10 +213,11 @@ class Distillation(_Staged):
             clip_gradients(student.parameters(), method.clip_norm)
 
         optimizer.register_step_pre_hook(limit)
-        self._trainee = Trainee(student, optimizer, precision)
+        self._trainee = Trainee(student, optimizer, method.precision)
         if stage:
+            self._targets.close()
             full = place(freeze(teacher), self._device)
-            self._promoted = HalfDenoiser(in_precision(full, precision), full)
+            self._promoted = HalfDenoiser(in_precision(full, method.precision), full)
         if self.task.compile:
             self._trainee.network.model.compile()
             if stage:
@@ -245,16 +238,14 @@ class Distillation(_Staged):
             return self._targets.rows(*self._rows, batch)
         return taught(self._promoted, batch, self._steps_of_stage)
 
-    def _gradients(self, batch: Batch, target: Tensor, weights: Tensor) -> Tensor | None:
-        """The gradients of an iteration, and its unweighted losses [K]; None where float16 overflows."""
+    def _gradients(self, batch: Batch, target: Tensor, weights: Tensor) -> Tensor:
+        """The gradients of an iteration, and its unweighted losses [K]."""
         trainee, losses = self._trainee, torch.zeros_like(weights)
         trainee.begin()
         size = self.task.micro_batch or len(batch.z)
         for some in (slice(first, first + size) for first in range(0, len(batch.z), size)):
             part = batch[some]
             x = part.ask(trainee.network.branches)
-            if trainee.precision == "float16" and not bool(x.isfinite().all()):
-                return None
             z = part.z[:, None]
             errors = branch_losses(
                 vp.predict(x, z, part.level), vp.predict(target[some], z, part.level), self._method.weighting

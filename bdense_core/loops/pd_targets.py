@@ -131,7 +131,7 @@ class FirstTargets:
         return vp.predict(v, batch.z[:, None], batch.level, mean_type="v").x
 
     def close(self) -> None:
-        """End a cycle that would keep the teacher: the store's way back to here."""
+        """Let the teacher and what it said go, and end the cycle that would keep them: the store's way back to here."""
         self._store = Recomputed(num_rows=0, shard_rows=SHARD_ROWS, compute=_nothing)
         self._teacher.release()
 
@@ -144,5 +144,5 @@ class FirstTargets:
 
 
 def _nothing(first: int, end: int) -> Iterator[Tensor]:
-    """What a closed run computes."""
-    raise RuntimeError("the run has ended")
+    """What a closed store computes."""
+    raise RuntimeError("the first stage has ended")

@@ -46,8 +46,9 @@ class PD:
     logsnr_max: float = 20.0
     flip: bool = False
     """Whether images are mirrored at random; the authors do so for CIFAR-10, not for digits."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the networks compute in; weights stay float32."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; weights stay float32. In float16 the gradients of losses that are means over
+    pixels would vanish without loss scaling."""
     targets: Literal["float16", "float32"] = "float16"
     """How the first stage's targets are kept."""
     untrained: bool = False

@@ -172,6 +172,15 @@ def _of_map(study: Study) -> str:
     return f"Each trial in the plane of its parameters; the darker, the better (lower).{more}"
 
 
+def _early(study: Study) -> str:
+    """What scores before the last one are of; more words only where they are of fewer samples."""
+    final, evaluation = study.spec.method.nfe, study.evaluation
+    if (calls := sorted({study.nfe_at(step) for step in study.steps} - {final}, reverse=True)) or evaluation is None:
+        return f"Scores before the last one are at NFE {listed(list(map(str, calls)))} instead of {final}"
+    few, all_ = evaluation.early_samples, evaluation.n_samples
+    return f"Scores before the last one are from {few} samples instead of {all_}, which biases them upwards"
+
+
 def training(evidence: Evidence) -> Section:
     """The metric over training."""
     study, rows = evidence.study, evidence.rows
@@ -189,11 +198,8 @@ def training(evidence: Evidence) -> Section:
         )
     else:
         text.append("No band: the spread between training seeds is not known (`seeds.control_repeats` is 1).")
-    if any(trace.detached for trace in found) and study.evaluation:
-        text.append(
-            f"Scores before the last one are from {study.evaluation.early_samples} samples instead of "
-            f"{study.evaluation.n_samples}, which biases them upwards: no line joins the two kinds."
-        )
+    if any(trace.detached for trace in found):
+        text.append(f"{_early(study)}: no line joins them to the last one.")
     return Section(
         key=key, title=title, text=tuple(text),
         pictures=(

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from bdense_core import assets
 from bdense_core.files import sha256_of_file
+from bdense_core.integrity import read_metadata
 from tests import cifar10
 from tests.complaints import complains
 
@@ -111,6 +112,16 @@ def test_ctrl_c_keeps_the_state_and_says_so(someone) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["teacher.png", "teacher.safetensors"]
     shown = someone.weights("sample", "kept", "--output", "kept.png", "-n", "4")
     assert shown.returncode == 0, shown.stderr
+
+
+def test_a_teacher_for_guidance_is_trained_and_brings_its_curriculum_and_sampler(someone) -> None:
+    command = ("train-teacher", "--guided", "--dataset", "digits", "--name", "guided", "--channels", "8", "--kimg", "1")
+    made = someone.weights(*command, "--batch", "32")
+    assert made.returncode == 0, made.stderr
+    about = read_metadata(str(someone.home / "models" / "guided" / "teacher.safetensors"))["about"]
+    assert len(about["tirt"]) == 1000 and about["sampler"]["kind"] == "guided"
+    shown = someone.weights("sample", "guided", "--output", "guided.png", "-n", "4")
+    assert shown.returncode == 0 and "NFE 100" in shown.stderr, shown.stderr
 
 
 def test_a_killed_distillation_goes_on_and_ends_as_an_undisturbed_one(someone, distilled) -> None:
@@ -265,6 +276,7 @@ def test_a_teacher_that_is_not_what_it_says_is_refused_with_the_place(someone, t
         (("import-teacher", "nothing.pkl"), 1, ("nothing.pkl",)),
         (("import-features", TEACHER, "--name", "mine"), 1, ("teacher.safetensors",)),
         (("train-teacher", "--dataset", "digit", "--name", "mine"), 2, ("digit",)),
+        (("train-teacher", "--guided", "--flip", "--dataset", "digits", "--name", "mine"), 2, ("--guided", "--flip")),
         (("train-teacher", "--dataset", "digits", "--name", "../mine"), 2, ("plain name",)),
         (("fetch-teacher", "cifar11"), 2, ("cifar11", "cifar10")),
         (("fetch-teacher", "cifar10", "--sha256", "abc"), 2, ("ROLE=HASH",)),
