@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bdense_core.errors import CheckpointError
+from bdense_core.moments import kept_moments, restore_moments
 from bdense_core.networks import Denoiser
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -95,10 +96,7 @@ class Trainee:
     def state(self) -> dict[str, Tensor]:
         """Weights and the optimizer's moments, by name: what a snapshot needs to go on."""
         tensors = {f"student.{name}": tensor for name, tensor in self.student.state_dict().items()}
-        for name, parameter in self.student.named_parameters():
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adam.{key}.{name}": tensor for key, tensor in moments.items()}
-        return tensors
+        return tensors | kept_moments(self.optimizer, dict(self.student.named_parameters()), prefix="adam")
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to a `state`.
@@ -112,19 +110,8 @@ class Trainee:
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"the snapshot is another network's: {detail}; choose another folder") from error
-        for name, parameter in self.student.named_parameters():
-            moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if all(moment is not None for moment in moments.values()):  # none: it never had a gradient
-                self.optimizer.state[parameter] = {
-                    key: self._placed(key, parameter, moment) for key, moment in moments.items() if moment is not None
-                }
+        restore_moments(self.optimizer, dict(self.student.named_parameters()), tensors, prefix="adam")
         self.follow()
-
-    def _placed(self, key: str, parameter: Tensor, moment: Tensor) -> Tensor:
-        """Laid out in memory as the parameter is; the count of steps stays on the CPU unless one kernel does it all."""
-        if key == "step":
-            return moment.to(parameter.device) if self.optimizer.defaults.get("fused") else moment.clone()
-        return torch.empty_like(parameter).copy_(moment)
 
     def fall_back(self) -> bool:
         """From float16 to float32 for the rest of the run, as the authors do where float16 overflows.

@@ -259,14 +259,14 @@ def make_pruner(study: Study) -> BasePruner:
     """The study file's pruner; its steps are kimg."""
     pruner = _pruner(study)
     pruner = OnSurrogate(pruner) if study.spec.pruner.by == "surrogate" else pruner
-    return AmongFeasible(pruner) if study.spec.constraints else pruner
+    is_blind = study.spec.pruner.kind == "hyperband"  # it reads a bracket's trials from the storage
+    return AmongFeasible(pruner) if study.spec.constraints and not is_blind else pruner
 
 
 class AmongFeasible(BasePruner):
     """Another pruner, to which trials that miss a constraint are nothing to be as good as.
 
-    Where a constraint binds they have the better scores, and would stop all that keeps it. Under Hyperband samplers
-    see all trials here, and not a bracket's alone.
+    Where a constraint binds they have the better scores, and would stop all that keeps it.
     """
 
     def __init__(self, inner: BasePruner) -> None:

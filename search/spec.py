@@ -171,15 +171,17 @@ class Study:
 
         Of other numbers of them, or of students that make theirs in other numbers of steps.
         """
-        if any(self.nfe_at(step) != self.spec.method.nfe for step in self.steps):
+        if set(self._calls_early()) - {self.spec.method.nfe}:
             return True
         return self.evaluation is not None and self.evaluation.early_samples not in (None, self.evaluation.n_samples)
 
     def nfe_at(self, step: int) -> int:
         """Network calls for each image that the metric at this kimg is of; at the end they are the method's."""
-        method = self.spec.method
-        early = zip(self.steps[:-1], method.calls_to_score(self.spec.budget.every_kimg), strict=False)
-        return dict(early).get(step, method.nfe)
+        return dict(zip(self.steps, self._calls_early(), strict=False)).get(step, self.spec.method.nfe)
+
+    def _calls_early(self) -> tuple[int, ...]:
+        """`nfe_at` all steps but the last, where the method's own calls are those of further figures, too."""
+        return self.spec.method.calls_to_score(self.spec.budget.every_kimg)[:-1]
 
     @property
     def num_intervals(self) -> int:
@@ -337,7 +339,10 @@ class Study:
         stored = stored | {"method": meant | stored.get("method", {})}
         teacher, evaluation = files.get("teacher"), files.get("evaluation")
         return cls(
-            spec=validate({key: value for key, value in stored.items() if key != "files"}, "the stored study"),
+            spec=validate(
+                {key: value for key, value in stored.items() if key != "files"},
+                f"the stored study {stored.get('name')!r}",
+            ),
             teacher=HashedFile(**teacher) if teacher else None,
             evaluation=Evaluation(
                 **{

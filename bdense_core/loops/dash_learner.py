@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bdense_core.branches import freeze
 from bdense_core.errors import CheckpointError
+from bdense_core.moments import kept_moments, restore_moments
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -62,10 +63,7 @@ class Learner(Generic[Network]):
         """Weights, their average and AdamW's moments, by name."""
         tensors = {f"network.{name}": parameter.detach() for name, parameter in self._trained.items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-        for name, parameter in self._trained.items():
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adamw.{key}.{name}": moment for key, moment in moments.items()}
-        return tensors
+        return tensors | kept_moments(self.optimizer, self._trained, prefix="adamw")
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to a `state`.
@@ -82,17 +80,7 @@ class Learner(Generic[Network]):
         except (KeyError, RuntimeError) as error:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"the snapshot is another network's: {detail}; choose another folder") from error
-        for name, parameter in self._trained.items():
-            moments = {key: tensors.get(f"adamw.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {
-                key: self._placed(key, parameter, moment) for key, moment in moments.items() if moment is not None
-            }
-
-    def _placed(self, key: str, parameter: Tensor, moment: Tensor) -> Tensor:
-        """Laid out in memory as the parameter is; the count of steps stays on the CPU unless one kernel does it all."""
-        if key == "step":
-            return moment.to(parameter.device) if self.optimizer.defaults.get("fused") else moment.clone()
-        return torch.empty_like(parameter).copy_(moment)
+        restore_moments(self.optimizer, self._trained, tensors, prefix="adamw")
 
 
 def cosine_rate(lr: float, lr_min: float, epoch: int, num_epochs: int) -> float:

@@ -287,6 +287,10 @@ def test_settings_go_along_to_a_target_that_has_them(tuned: StudyStore) -> None:
     exported = export_object(tuned, top=1)["candidates"][0] | {"settings": {"curriculum": "tirt"}}
     with pytest.raises(BadValue, match=r"settings that the target 'synthetic' cannot take: .* no setting curriculum"):
         transfers(tuned, candidates=[exported])
+    with pytest.raises(BadValue, match=r"cannot take: method\.budget_kimg is nothing to search; .*: shift, flavour"):
+        transfers(tuned, candidates=[exported | {"settings": {"budget_kimg": 99.0}}])
+    with pytest.raises(BadValue, match=r"cannot take: method\.flavour is 'sour'; choose one of plain, bitter"):
+        transfers(tuned, candidates=[exported | {"settings": {"flavour": "sour"}}])
     older = {key: value for key, value in exported.items() if key != "settings"}
     (study,) = transfers(tuned, candidates=[older])
     assert study.spec.comparison is not None and study.spec.comparison.arms[0].settings == {}

@@ -159,7 +159,7 @@ def test_a_closed_run_lets_its_networks_and_images_go(task):
         next(event for event in run if isinstance(event, Progress) and event.phase == "train" and event.done > 0.5)
         run.close()
         del run
-        return sum(isinstance(found, (Denoiser, Examples)) for found in gc.get_objects())
+        return sum(type(found) in (Denoiser, Examples) for found in gc.get_objects())
 
     kept_by_a_closed_run()  # torch's own first use of meta tensors leaves frames behind
     gc.collect()

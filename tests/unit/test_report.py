@@ -27,6 +27,7 @@ from search.noise import (
     samples_at,
     spreads,
     verdict,
+    what_differs,
 )
 from search.records import Row, count
 from search.report import (
@@ -305,6 +306,23 @@ def test_a_pruned_trial_s_score_of_fewer_samples_is_no_value_for_programs(early:
     assert (shown["last_step"], shown["intermediate"]) == (2, {"1": 4.0, "2": 3.217})
     ended = replace(pruned, state="COMPLETE", intermediate={1: 4.0, 4: 3.217})
     assert trial_object(scored, ended)["value"] == 3.217
+
+
+def staged(*overrides: str) -> Study:
+    """Progressive distillation: students of 8, 4 and 2 steps after 2, 4 and 6 kimg."""
+    return load_study(studies_folder() / "digits-pd.yaml", overrides=overrides)
+
+
+def test_a_score_of_a_student_with_more_steps_stands_in_no_column_of_final_scores() -> None:
+    study = staged()
+    pruned = replace(row(2, 3.217, state="PRUNED"), intermediate={4: 3.217}, protocol=study.protocol_hash())
+    assert [study.nfe_at(step) for step in study.steps] == [8, 4, 2] and study.early_is_other
+    table = text_of(trial_table(SimpleNamespace(name="pd", study=study), [pruned], top=None))
+    assert "PRUNED at 4 kimg with 3.217 at NFE 4" in table and "(3.217)" not in table
+    assert trial_object(study, pruned)["value"] is None
+    both = what_differs(staged("evaluation.early_samples=200"), 2)
+    assert both == "on 200 samples at NFE 8"
+    assert what_differs(study, 6) == "" and not digits().early_is_other
 
 
 def test_the_tables_show_every_part_of_the_noise() -> None:

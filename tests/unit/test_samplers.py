@@ -557,6 +557,29 @@ def test_a_trial_without_a_surrogate_at_its_last_step_is_not_pruned(kind: str) -
     assert asked == {0: False, 1: True, 2: False, 3: False}
 
 
+@pytest.mark.parametrize(
+    ("on", "kind"), [("metric", "median"), ("surrogate", "median"), ("metric", "successive_halving")]
+)
+@pytest.mark.parametrize("misses", [True, False])
+def test_trials_that_miss_a_constraint_stop_none_that_may_keep_it(on: str, kind: str, misses: bool) -> None:
+    """Nine of them have far better scores than the next trial, which goes on only where they miss it."""
+    overrides = (f"pruner.kind={kind}", f"pruner.by={on}", "pruner.startup_trials=3", "method.budget_kimg=4")
+    spec = study(*overrides, "constraints.balance.min=0.3")
+    running, was_stopped = optuna.create_study(study_name="t", pruner=make_pruner(spec)), []
+    for number in range(12):
+        trial, is_good = running.ask(), number < 9
+        for step in spec.steps[:-1]:
+            trial.set_user_attr("surrogate", {str(step): 1.0 if is_good else 9.0})
+            trial.report(1.0 if is_good else 9.0, step)
+            if stopped := trial.should_prune():
+                break
+        was_stopped += [] if is_good else [stopped]
+        running._storage.set_trial_system_attr(trial._trial_id, "constraints", [0.1 if is_good and misses else -0.1])
+        running.tell(trial, 1.0, state=TrialState.COMPLETE)
+    assert was_stopped[0] is not misses
+    assert misses or all(was_stopped)
+
+
 def test_no_pruner_prunes_nothing() -> None:
     ended = prune_all(study("pruner.kind=none"), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 99.0])
     assert {trial.state for trial in ended} == {TrialState.COMPLETE}
