@@ -113,16 +113,18 @@ def _compute(
         return {"gflop_per_forward": None, "gpu_hours": None}
     from bdense_core.networks import forward_flops
 
-    flops = forward_flops(network)
+    flops, of_student = forward_flops(network), forward_flops(study.spec.method.student_network(network))
+    work = {name: count * (flops if name == "teacher_cache" else of_student) for name, count in evaluations.items()}
     found: dict[str, Any] = {
         "gflop_per_forward": round(flops / 1e9, 3),
-        "pflop": {name: round(count * flops / 1e15, 3) for name, count in evaluations.items()},
+        "gflop_per_forward_of_student": round(of_student / 1e9, 3),
+        "pflop": {name: round(count / 1e15, 3) for name, count in work.items()},
         "gpu_hours": None,
     }
     if study.spec.resources.gpus:
         rate = PAPER_TFLOPS * 1e12 * 3600
-        found["gpu_hours"] = round(sum(evaluations.values()) * flops / rate, 2)
-        found["gpu_minutes_per_run_with_cache"] = round(per_run * flops / rate * 60, 1)
+        found["gpu_hours"] = round(sum(work.values()) / rate, 2)
+        found["gpu_minutes_per_run_with_cache"] = round(per_run * of_student / rate * 60, 1)
         found["assumed"] = f"{PAPER_TFLOPS:g} TFLOP/s, the rate behind the paper's times on an A100; not measured here"
     return found
 

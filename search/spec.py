@@ -4,6 +4,7 @@ import difflib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -171,17 +172,19 @@ class Study:
 
         Of other numbers of them, or of students that make theirs in other numbers of steps.
         """
-        if set(self._calls_early()) - {self.spec.method.nfe}:
+        if set(self._nfe_early.values()) - {self.spec.method.nfe}:
             return True
         return self.evaluation is not None and self.evaluation.early_samples not in (None, self.evaluation.n_samples)
 
     def nfe_at(self, step: int) -> int:
         """Network calls for each image that the metric at this kimg is of; at the end they are the method's."""
-        return dict(zip(self.steps, self._calls_early(), strict=False)).get(step, self.spec.method.nfe)
+        return self._nfe_early.get(step, self.spec.method.nfe)
 
-    def _calls_early(self) -> tuple[int, ...]:
-        """`nfe_at` all steps but the last, where the method's own calls are those of further figures, too."""
-        return self.spec.method.calls_to_score(self.spec.budget.every_kimg)[:-1]
+    @cached_property
+    def _nfe_early(self) -> dict[int, int]:
+        """`nfe_at` all steps but the last, where a method's calls are those of further figures, too."""
+        calls = self.spec.method.calls_to_score(self.spec.budget.every_kimg)
+        return dict(zip(self.steps[:-1], calls[:-1], strict=True))
 
     @property
     def num_intervals(self) -> int:

@@ -172,18 +172,12 @@ def sampler_for(method: DASH) -> GuidedSampler:
 
 
 def student_config(method: DASH, teacher: NetworkConfig) -> NetworkConfig:
-    """The teacher's network at the method's size; labels are dropped only where there is no teacher to match.
+    """The student's network, which is of a size that is allowed.
 
     Raises:
         BadValue: a width that no such network has, or more parameters than `method.max_parameters`.
     """
-    config = dataclasses.replace(
-        teacher,
-        model_channels=method.student_channels,
-        num_blocks=method.student_blocks,
-        dropout=method.dropout,
-        label_dropout=method.label_dropout if method.objective == "scratch" else 0.0,
-    )
+    config = method.student_network(teacher)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in build(config).parameters())
     if method.max_parameters is not None and size > method.max_parameters:

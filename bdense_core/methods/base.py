@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from bdense_core.errors import BadValue, UnknownKey
+from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Event, Task
 from bdense_core.weights import Rule, Weights
 
@@ -91,7 +92,13 @@ class Method(Protocol):
         """The figures on a run's last score beside the metric, and what each is, in one line for people."""
 
     def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
-        """Network calls for each image that is scored, at each of `steps`; at the last with all of `metrics`."""
+        """Network calls for each image that is scored, at each of `steps`.
+
+        Those before the last are the metric's alone, so they are the NFE of that score; the last has all `metrics`.
+        """
+
+    def student_network(self, teacher: NetworkConfig) -> NetworkConfig:
+        """The student's network, up to its heads, beside that of a teacher: what a plan counts its work by."""
 
     def forward_units(self) -> tuple[float, float]:
         """Network evaluations for each image, (teacher's, student's); a backward pass counts as two."""

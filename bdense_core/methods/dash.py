@@ -11,6 +11,7 @@ from typing import Literal
 
 from bdense_core.errors import BadValue
 from bdense_core.methods.base import Axis, Control
+from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Event, Task, report_steps
 from bdense_core.weights import Rule
 
@@ -201,6 +202,16 @@ class DASH:
     def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
         further = sum(self.sampled_at(also).nfe for also in self.also_sampled)
         return (*(self.nfe for _ in self.steps(every_kimg)[:-1]), self.nfe + further)
+
+    def student_network(self, teacher: NetworkConfig) -> NetworkConfig:
+        """The teacher's at the method's size; labels are dropped only where there is no teacher to match."""
+        return dataclasses.replace(
+            teacher,
+            model_channels=self.student_channels,
+            num_blocks=self.student_blocks,
+            dropout=self.dropout,
+            label_dropout=self.label_dropout if self.objective == "scratch" else 0.0,
+        )
 
     def forward_units(self) -> tuple[float, float]:
         """Per image: both predictions of the teacher, and both of the student with their gradients."""

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from bdense_core.errors import BadValue
 from bdense_core.methods.base import Axis, Control
+from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Event, Task
 from bdense_core.weights import Rule, endpoint_only, uniform
 
@@ -154,6 +155,9 @@ class PD:
 
     def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
         return self.stage_steps
+
+    def student_network(self, teacher: NetworkConfig) -> NetworkConfig:
+        return teacher
 
     def forward_units(self) -> tuple[float, float]:
         """Per image: the teacher's steps, and three for the student.

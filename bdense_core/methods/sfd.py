@@ -9,6 +9,7 @@ from typing import Literal
 
 from bdense_core.errors import BadValue
 from bdense_core.methods.base import Axis, Control
+from bdense_core.network_config import NetworkConfig
 from bdense_core.task import Event, Task, report_steps
 from bdense_core.weights import PAPER_BEST, RULES, Rule, endpoint_only, log_linear, uniform
 
@@ -134,6 +135,9 @@ class SFD:
 
     def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
         return (self.nfe,) * len(self.steps(every_kimg))
+
+    def student_network(self, teacher: NetworkConfig) -> NetworkConfig:
+        return teacher
 
     def forward_units(self) -> tuple[float, float]:
         """Per trajectory: every teacher step, and three for each trained interval (spec 1.5)."""

@@ -27,6 +27,7 @@ from typing import Literal
 from bdense_core.errors import BadValue
 from bdense_core.files import sha256_of, write_text_atomically
 from bdense_core.methods.base import Axis, Control
+from bdense_core.network_config import NetworkConfig
 from bdense_core.task import RESUMED, Event, Progress, Score, Task, report_steps
 from bdense_core.weights import RULES, Rule, Weights, endpoint_only, shares, uniform
 
@@ -106,6 +107,9 @@ class Synthetic:
 
     def calls_to_score(self, every_kimg: int) -> tuple[int, ...]:
         return (0,) * len(self.steps(every_kimg))
+
+    def student_network(self, teacher: NetworkConfig) -> NetworkConfig:
+        return teacher
 
     def forward_units(self) -> tuple[float, float]:
         return 0.0, 0.0

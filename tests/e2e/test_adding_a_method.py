@@ -63,7 +63,7 @@ def test_a_method_takes_a_module_and_a_member_of_the_union(checkout, user):
     assert len(searched) == 4 and all({"a", "lr"} == set(trial["params"]) for trial in searched)
     for trial in trials:
         if trial["state"] == "COMPLETE":
-            assert trial["value"] == pytest.approx((trial["metrics"]["place"] - 2) ** 2) or trial["repeats"]
+            assert trial["value"] == pytest.approx((trial["metrics"]["x"] - 2) ** 2) or trial["repeats"]
     exported = run("-m", "search.cli", "export", "--study", "toy")
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["terms"] == ["point.1", "point.2", "point.3"]
