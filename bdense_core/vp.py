@@ -6,6 +6,7 @@ Euler's method. Time u runs from 0, the clean end, to 1.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,8 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+from bdense_core.network_config import VP_BETA_D, VP_BETA_MIN
 
 MeanType = Literal["x", "eps", "v", "both"]
 """What a network's raw output is: the image, the noise, v = alpha eps - sigma x, or image and noise stacked."""
@@ -54,8 +57,33 @@ CLEAN = Level(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.f
 """Where DDIM ends: a last step to it returns the predicted image itself."""
 
 
+class Schedule(ABC):
+    """Levels of times u, from 0, the clean end, to 1."""
+
+    @abstractmethod
+    def at(self, u: Tensor) -> Level:
+        """The levels of times u."""
+
+    def grid(self, num_steps: int) -> list[Level]:
+        """The levels that DDIM visits in N steps: u = 1, (N - 1)/N, ..., 1/N, and then `CLEAN`."""
+        times = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+        return [*(self.at(u) for u in times), CLEAN]
+
+
 @dataclass(frozen=True)
-class Cosine:
+class Linear(Schedule):
+    """DDPM's linear betas (arXiv 2006.11239) in the limit of many steps: alpha^2 = exp(-(beta_d u^2 / 2 + beta_min u)).
+
+    arXiv 2011.13456, appendix C. At t = 1000 u it is DDPM's own schedule to within its steps.
+    """
+
+    def at(self, u: Tensor) -> Level:
+        exponent = VP_BETA_D * u**2 / 2 + VP_BETA_MIN * u
+        return Level((-exponent / 2).exp(), (-torch.expm1(-exponent)).sqrt())
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
     """alpha = cos(a u + b), sigma = sin(a u + b), with a and b such that log SNR falls from a maximum to a minimum.
 
     arXiv 2202.00512, section 5; the limits -20 and 20 are those of the authors' published configurations. In the
@@ -66,16 +94,10 @@ class Cosine:
     logsnr_max: float = 20.0
 
     def at(self, u: Tensor) -> Level:
-        """The levels of times u."""
         b = math.atan(math.exp(-self.logsnr_max / 2))
         a = math.atan(math.exp(-self.logsnr_min / 2)) - b
         angle = a * u + b
         return Level(angle.cos(), angle.sin())
-
-    def grid(self, num_steps: int) -> list[Level]:
-        """The levels that DDIM visits in N steps: u = 1, (N - 1)/N, ..., 1/N, and then `CLEAN`."""
-        times = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
-        return [*(self.at(u) for u in times), CLEAN]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bdense_core.methods.pd import PD, Weighting
 class Steps:
     """A student's steps and its teacher's within them."""
 
-    schedule: vp.Cosine
+    schedule: vp.Schedule
     num_steps: int
     """N."""
     teacher_steps: int

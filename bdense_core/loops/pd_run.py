@@ -15,7 +15,7 @@ from bdense_core.devices import check_device, place
 from bdense_core.errors import BadValue
 from bdense_core.loops.images import Images
 from bdense_core.loops.pd import branch_losses, clip_gradients, learning_rate, optimizer_for
-from bdense_core.loops.pd_targets import TARGETS, Batch, FirstTargets, draw, steps_of, taught
+from bdense_core.loops.pd_targets import TARGETS, Batch, FirstTargets, draw, schedule_of, steps_of, taught
 from bdense_core.loops.run import Losses, Run
 from bdense_core.loops.scoring import Scorer
 from bdense_core.loops.teacher import Endpoints, FrozenTeacher
@@ -54,7 +54,7 @@ def run(method: PD, task: Task) -> Generator[Event, None, None]:
 
 def sampler_for(method: PD, num_steps: int) -> DDIMSampler:
     """DDIM in so many steps, its images clipped: in sampling alone, as the authors' (spec/methods.md 2.1)."""
-    grid = vp.Cosine(method.logsnr_min, method.logsnr_max).grid(num_steps)
+    grid = schedule_of(method).grid(num_steps)
     levels = tuple(float(level.in_exploding) for level in grid)
     return DDIMSampler(sigmas=levels, clip=True, precision=method.precision)
 

@@ -28,10 +28,15 @@ SHARD_ROWS = 256
 """Rows in one file."""
 
 
+def schedule_of(method: PD) -> vp.Schedule:
+    """The noise levels of times, of which the students' steps are an even grid."""
+    return vp.Linear() if method.schedule == "linear" else vp.Cosine(method.logsnr_min, method.logsnr_max)
+
+
 def steps_of(method: PD, stage: int) -> Steps:
     """What a stage's student and its teacher do, stages counted from 0."""
     return Steps(
-        schedule=vp.Cosine(method.logsnr_min, method.logsnr_max),
+        schedule=schedule_of(method),
         num_steps=method.stage_steps[stage],
         teacher_steps=method.teacher_steps,
         num_branches=method.num_branches,
@@ -92,7 +97,7 @@ class FirstTargets:
                 "seed": task.seed,
                 "dataset": images.digest,
                 "flip": method.flip,
-                "logsnr": [method.logsnr_min, method.logsnr_max],
+                "schedule": repr(schedule_of(method)),
                 "start_steps": method.start_steps,
                 "teacher_steps": method.teacher_steps,
                 "num_branches": method.num_branches,

@@ -42,8 +42,10 @@ class PD:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     """What the norm of all gradients is limited to."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """The noise levels of times: PD's own, or DDPM's, which has no limits to set."""
     logsnr_min: float = -20.0
-    """Of noise; a teacher trained up to noise level s in EDM's units knows -2 ln s: -8.76 for 80."""
+    """Of the cosine schedule; a teacher trained up to noise level s in EDM's units knows -2 ln s: -8.76 for 80."""
     logsnr_max: float = 20.0
     flip: bool = False
     """Whether images are mirrored at random; the authors do so for CIFAR-10, not for digits."""

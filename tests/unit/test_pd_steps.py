@@ -32,10 +32,11 @@ def start(steps=STEPS):
 # --- targets --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("schedule", [STEPS.schedule, vp.Linear()], ids=lambda schedule: type(schedule).__name__)
 @pytest.mark.parametrize(("teacher_steps", "num_branches"), [(2, 1), (2, 2), (4, 2), (4, 4), (3, 3)])
-def test_one_ddim_step_with_a_branchs_target_lands_where_the_teacher_is(teacher_steps, num_branches):
+def test_one_ddim_step_with_a_branchs_target_lands_where_the_teacher_is(teacher_steps, num_branches, schedule):
     """Of each branch, the endpoint's among them; at the clean end, where the last image alone counts, on that image."""
-    steps = replace(STEPS, teacher_steps=teacher_steps, num_branches=num_branches)
+    steps = replace(STEPS, schedule=schedule, teacher_steps=teacher_steps, num_branches=num_branches)
     teacher, z = denoise(network().double()), start(steps).double()
     levels = [steps.schedule.at(u) for u in steps.times(INDEX)]
     walk = list(vp.ddim(teacher, z, levels))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bdense_core import solvers, vp
+from bdense_core import discrete, solvers, vp
 from bdense_core.networks import coefficients
 
 SHAPE = (2, 3, 4, 4)
@@ -102,3 +102,14 @@ def test_a_grid_begins_at_noise_alone_and_divides_time_evenly():
         [float(vp.Cosine(-10, 10).at(torch.tensor(u, dtype=torch.float64)).logsnr) for u in (1.0, 0.75, 0.5, 0.25)]
     )
     assert grid[-1] is vp.CLEAN
+
+
+def test_the_linear_schedule_is_that_of_ddpm_between_its_steps():
+    table = discrete.linear().alphas_cumprod  # after t + 1 of 1000 steps
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    found = vp.Linear().at(u)
+    logs = found.alpha.log() * 2
+    # A sum of log(1 - beta) is below the integral of -beta by half the sum of beta^2, and by a step's half at its ends.
+    assert ((table.log() - logs).abs() <= 0.07 * u + 1e-4).all()
+    torch.testing.assert_close(found.alpha**2 + found.sigma**2, torch.ones_like(u))
+    assert float(vp.Linear().at(torch.zeros((), dtype=torch.float64)).sigma) == 0
