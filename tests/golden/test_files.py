@@ -17,6 +17,9 @@ def test_every_file_of_the_vectors_is_read_by_a_test(vectors_root):
     patterns = {pattern for mark in marks for pattern in re.findall(r'"([^"]+)"', mark)}
     read = {path for pattern in patterns for path in vectors_root.glob(pattern)}
     read |= {path.with_suffix(".meta.json") for path in read if path.suffix == ".safetensors"}
-    found = {path for path in (vectors_root / "sfd").rglob("*") if path.is_file() and path.suffix not in SAY_NOTHING}
+    names = {name for text in sources for name in re.findall(r'\bread\(\w+, "(\w+)"\)', text)}
+    read |= {vectors_root / "dash" / f"{name}.safetensors" for name in names}
+    read |= {path.parent / "index.json" for path in read}  # which holds the settings and tolerances of pd and dash
+    found = {path for path in vectors_root.rglob("*") if path.is_file() and path.suffix not in SAY_NOTHING}
     assert found
     assert not sorted(str(path.relative_to(vectors_root)) for path in found - read)
