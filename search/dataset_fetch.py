@@ -3,7 +3,7 @@
 import shutil
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -92,6 +92,14 @@ def _sha256(archive: Path) -> str:
         ) from error
 
 
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = archive.extractfile(member)
+    assert content is not None, "a plain file has content"
+    with content, (folder / PurePosixPath(member.name).name).open("wb") as file:
+        shutil.copyfileobj(content, file)
+
+
 def _convert(wanted: Published, archive: Path, target: Path) -> None:
     """Make the npz of an archive that is known to be the right one."""
     from bdense_core.data import load_bytes
@@ -100,7 +108,10 @@ def _convert(wanted: Published, archive: Path, target: Path) -> None:
     shutil.rmtree(unpacked, ignore_errors=True)  # of a run that was killed
     try:
         with tarfile.open(archive) as opened:
-            opened.extractall(unpacked, filter="data")
+            for member in opened:
+                # Plain files of that folder alone, by their last name: nothing lands anywhere else.
+                if member.isfile() and PurePosixPath(member.name).parts[:-1] == (wanted.folder,):
+                    _unpack(opened, member, unpacked / wanted.folder)
         images, labels = load_bytes(str(unpacked / wanted.folder))
         write_npz(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), target)
     finally:

@@ -20,7 +20,7 @@ from search.logs import say
 
 if TYPE_CHECKING:
     from search.sections import Arm
-from search.spec import Study
+    from search.spec import Study
 
 _path = click.Path(path_type=Path)
 _file = click.Path(path_type=Path, dir_okay=False)

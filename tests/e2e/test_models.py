@@ -265,7 +265,7 @@ def test_a_teacher_that_is_not_what_it_says_is_refused_with_the_place(someone, t
         (("fid", "nowhere", "--features", "digits", "-n", "10"), 2, ("nowhere",)),
         (("distill", "digits", "--output", "o"), 2, ("one way",)),
         (("distill", "digits", "--a", "1", "--b", "-7", "--output", "o"), 2, ("-7", "-5")),
-        (("distill", "digits", "--weights", "1,2", "--output", "o"), 2, ("2 numbers", "4 branches")),
+        (("distill", "digits", "--weights", "1,2", "--output", "o"), 2, ("2 numbers", "4 loss terms")),
         (("distill", "digits", "--control", "best", "--output", "o"), 2, ("best", "endpoint_only")),
         (("distill", "synthetic", "--control", "uniform", "--output", "o"), 2, ("trains no network",)),
         (("distill", "digits", "--a", "nan", "--b", "0", "--output", "o"), 2, ("finite",)),

@@ -145,7 +145,7 @@ def desk(database_url: str) -> Desk:
 
 WRONG: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("enqueue", "--a", "99", "--b", "0"), ("a = 99", "[-1, 3]")),
-    (("enqueue", "--a", "nan", "--b", "0"), ("a = nan", "[-1, 3]")),
+    (("enqueue", "--a", "nan", "--b", "0"), ("a is 'nan'", "finite")),
     (("enqueue", "--a", "1"), ("searches a, b",)),
     (("set", "method.noise=1"), ("method.noise cannot be changed", "budget.trials")),
     (("set", "budget.trails=1"), ("unknown key budget.trails", "did you mean budget.trials?")),

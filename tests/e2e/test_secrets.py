@@ -183,7 +183,7 @@ class Watch:
             if command == line or self.needs_it in command:
                 continue  # forked just now, and still the launcher
             self._search(f"the environment of {command.decode()}", _read(Path(f"/proc/{process.pid}/environ")))
-            session = re.search(r"/tmp/ray/session_[^/\s]+", command.decode())
+            session = re.search(r"/tmp/ray/session_[^/\s\0]+", command.decode())
             self.sessions |= {Path(session[0])} if session else set()
         for folder in (self.home, *self.sessions):
             for parent, _, names in os.walk(folder):  # unlike rglob it stands a folder that goes while it looks
