@@ -26,13 +26,15 @@ from search.spec import known_keys, validate
 from tools import study_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 SHELLS = ("", "bash", "sh", "console")
 OURS = ("bdense-weights", "python", "python3", "ray", "pytest", "pip")
-OTHERS = ("cd", "export", "git", ".", "ruff", "mypy", "lint-imports", "mkdocs")
+OTHERS = (
+    "cd", "export", "git", ".", "ruff", "mypy", "lint-imports", "mkdocs", "docker", "kubectl", "curl", "openssl", "ssh",
+)  # fmt: skip
 """What a block of commands may run beside; there is nothing of ours in it to check."""
 PLACEHOLDERS = {"A": "1", "B": "-1", "N": "3", "N,...": "2,3", "PORT": "8080", "cifar10|imagenet64": "cifar10"}
 """What stands for a value of another kind than text; NAME, FILE, DIR and the like are read as they are."""
