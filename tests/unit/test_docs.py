@@ -40,7 +40,7 @@ PLACEHOLDERS = {"A": "1", "B": "-1", "N": "3", "N,...": "2,3", "PORT": "8080", "
 """What stands for a value of another kind than text; NAME, FILE, DIR and the like are read as they are."""
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
 NESTED = re.compile(r"\$\(([^()]+)\)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?)$", flags=re.MULTILINE)
@@ -83,7 +83,7 @@ def commands_of(page: str, text: str) -> Iterator[Command]:
                     yield from _with_nested(page, line, is_whole=True)
                 else:  # what a program printed, or a drawing
                     yield from _nested(page, line)
-    for line in INLINE.findall(BLOCK.sub("", text)):
+    for line in (" ".join(code.split()) for code in INLINE.findall(BLOCK.sub("", text))):
         if line.startswith(tuple(f"{program} " for program in OURS)):
             yield from _with_nested(page, line, is_whole=False)
 
@@ -198,7 +198,8 @@ def test_a_command_that_is_wrong_is_noticed(wrong):
             check(words, is_whole=True)
 
 
-PAGE = """Type `bdense-weights list`, not `list`.
+PAGE = """Type `bdense-weights list`, not `list`; and `bdense-weights status
+--study s`.
 
 ```
 $ bdense-weights pause \\
@@ -218,6 +219,7 @@ def test_commands_are_found_in_blocks_and_in_sentences():
         '"nested/pg_dump" x',
         "bdense-weights server bin",
         "bdense-weights list",
+        "bdense-weights status --study s",
     ]
 
 
