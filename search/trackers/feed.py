@@ -91,6 +91,9 @@ class Feed(Listener):
                 self._try(action)
         if not self._is_off:
             self._try(self._leave)
+        if self._is_off:
+            with contextlib.suppress(Exception):  # it has been told of already
+                self._tracker.close()
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
@@ -98,8 +101,6 @@ class Feed(Listener):
         except Exception as error:  # noqa: BLE001 - whatever it is, no trial is lost for it
             self._is_off = True
             self._warn(f"is switched off, and the launch goes on: {one_line(error)}")
-            with contextlib.suppress(Exception):
-                self._tracker.close()
 
     def _begin(self, claim: Claim) -> None:
         self._open[claim.number] = 0

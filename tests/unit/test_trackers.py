@@ -244,6 +244,7 @@ def test_a_tracker_that_falls_behind_loses_losses_first_and_then_everything(
     behind, off = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"warning: tracker notebook is [34] events behind; some losses are left out", behind)
     assert off == "warning: tracker notebook is 5 events behind: it is switched off, and the launch goes on"
+    assert stuck.is_closed
 
 
 def test_a_package_that_is_missing_is_one_line_that_says_how_to_get_it(
