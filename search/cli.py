@@ -12,6 +12,7 @@ import click
 
 from bdense_core.errors import BadValue, BDenseError
 from search import compare_cli, export_cli, logs, model_cli, operations_cli, report_cli, run_cli
+from search.compare_cli import tracker_option
 from search.console import (
     INTERRUPTED,
     check_folder,
@@ -65,6 +66,7 @@ def commands() -> None:
     type=click.IntRange(0, 65535),
     help="Serve Prometheus metrics on 127.0.0.1; 0: any free port.  [default: none are served]",
 )
+@tracker_option
 @format_option("table", "json")
 def launch(
     file: Path | None,
@@ -78,6 +80,7 @@ def launch(
     dashboard_port: int,
     log_format: str,
     metrics_port: int | None,
+    tracked_by: tuple[str, ...],
     form: str,
 ) -> None:
     """Create or resume a study and run it. Without a file: the stored study of that name, else the quickstart."""
@@ -120,6 +123,7 @@ def launch(
         with_dashboard=not no_dashboard,
         dashboard_port=dashboard_port,
         metrics_port=metrics_port,
+        tracked_by=tracked_by,
     )
     if outcome.interrupted:
         again = typed_again(storage)

@@ -21,6 +21,7 @@ from search.console import (
     typed_again,
 )
 from search.logs import say
+from search.trackers import NAMES
 
 if TYPE_CHECKING:
     from search.comparison import Comparison
@@ -36,6 +37,9 @@ _log_option = click.option(
 _ray_option = click.option(
     "--ray-address", metavar="ADDR", help="Join a Ray cluster (HOST:PORT) instead of starting a local Ray."
 )
+tracker_option = click.option(
+    "--tracker", "tracked_by", multiple=True, type=click.Choice(NAMES), help="Send runs to a tracker; repeatable.",
+)  # fmt: skip
 
 
 @click.command()
@@ -45,9 +49,17 @@ _ray_option = click.option(
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1, 100), help="Searched trials, best first.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(2, 100), help="Fresh training seeds.")
 @_log_option
+@tracker_option
 @format_option("table", "json")
 def confirm(
-    name: str, storage: str | None, ray_address: str | None, top: int, seeds: int, log_format: str, form: str
+    name: str,
+    storage: str | None,
+    ray_address: str | None,
+    top: int,
+    seeds: int,
+    log_format: str,
+    tracked_by: tuple[str, ...],
+    form: str,
 ) -> None:
     """Run the best trials and the controls again on fresh seeds, and say whether any is better.
 
@@ -59,7 +71,7 @@ def confirm(
 
     settings = load_settings(storage, ray_address)
     study = derived.confirmation(found_studies(settings), name, top=top, seeds=seeds)
-    (found,) = _compared(_run([study], settings, storage, log_format))
+    (found,) = _compared(_run([study], settings, storage, log_format, tracked_by))
     if form == "json":
         click.echo(json.dumps(comparison.to_dict(found), indent=2))
         return
@@ -79,6 +91,7 @@ def confirm(
 @storage_option
 @_ray_option
 @_log_option
+@tracker_option
 @format_option("table", "json")
 def transfer(
     weights: Path,
@@ -89,6 +102,7 @@ def transfer(
     storage: str | None,
     ray_address: str | None,
     log_format: str,
+    tracked_by: tuple[str, ...],
     form: str,
 ) -> None:
     """Run exported weights and the controls on a target, and print what they are worth there.
@@ -105,7 +119,7 @@ def transfer(
     exported = read(weights)
     numbers = _numbers(nfe) if nfe else []
     found = derived.transfers(exported, target, nfe=numbers, top=top, seeds=seeds, models=settings.models)
-    tables = transfer_tables(_compared(_run(found, settings, storage, log_format)))
+    tables = transfer_tables(_compared(_run(found, settings, storage, log_format, tracked_by)))
     if form == "json":
         click.echo(json.dumps(to_object(tables[0]), indent=2))
         return
@@ -126,14 +140,16 @@ def _numbers(text: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def _run(found: "list[Study]", settings: "Settings", storage: str | None, log_format: str) -> "list[StudyStore]":
+def _run(
+    found: "list[Study]", settings: "Settings", storage: str | None, log_format: str, tracked_by: tuple[str, ...]
+) -> "list[StudyStore]":
     """Run what is missing of each; one after the other, since each has its own teacher caches and its own Ray Tune."""
     from search import launch
 
     stores = []
     for study in found:
         logs.configure(log_format, study=study.name)
-        outcome = launch.launch(study, settings, with_dashboard=False, dashboard_port=0)
+        outcome = launch.launch(study, settings, with_dashboard=False, dashboard_port=0, tracked_by=tracked_by)
         if outcome.interrupted:
             say(
                 f"interrupted; {outcome.given_back} running trial(s) went back into the queue. "

@@ -10,6 +10,7 @@
         ServerError             the embedded PostgreSQL does not start, answer or stop
       UnlikeProtocols           values of two protocols would be ranked, subtracted or shown in one column
       ClusterError              Ray cannot be reached, or all of it was lost
+      TrackerError              a tracker that was asked for cannot begin; later it would only be switched off
       FetchError                a published file cannot be got, or is not the one that was meant
       MissingFile               a study names a file that is not there; the message says how to get it
 
@@ -30,6 +31,7 @@ __all__ = [
     "StudyBusy",
     "StudyExists",
     "StudyNotFound",
+    "TrackerError",
     "UnlikeProtocols",
 ]
 
@@ -68,6 +70,10 @@ class UnlikeProtocols(BDenseError):
 
 class ClusterError(BDenseError):
     """Ray cannot be reached, or every node of it was lost."""
+
+
+class TrackerError(BDenseError):
+    """A tracker cannot begin."""
 
 
 class FetchError(BDenseError):

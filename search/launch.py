@@ -6,13 +6,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdense_core.errors import BadValue, BDenseError, CheckpointError
-from search import dashboard, logs, ray_environment, server
+from search import dashboard, logs, ray_environment, server, trackers
 from search.checkpoints import Checkpoints
 from search.database import Database
 from search.errors import StorageError
@@ -91,13 +91,23 @@ def stored_study(name: str, settings: Settings) -> Study | None:
 
 
 def launch(
-    study: Study, settings: Settings, *, with_dashboard: bool, dashboard_port: int, metrics_port: int | None = None
+    study: Study,
+    settings: Settings,
+    *,
+    with_dashboard: bool,
+    dashboard_port: int,
+    metrics_port: int | None = None,
+    tracked_by: Sequence[str] = (),
 ) -> Outcome:
     """Create or resume the study and run what is missing.
+
+    Args:
+        tracked_by: some of `trackers.NAMES`.
 
     Raises:
         BDenseError: whatever stopped it; finished trials are kept.
     """
+    trackers.check(tracked_by)
     preflight(study, settings)
     ray_environment.check_reachable(settings.ray_address)
     metrics = Metrics(study.name)
@@ -114,7 +124,7 @@ def launch(
             return Outcome(store=store, interrupted=False)
         if with_dashboard:
             say(f"dashboard: {stack.enter_context(dashboard.running(url, port=dashboard_port))}")
-        return _run(store, settings, metrics, stop_seen)
+        return _run(store, settings, metrics, tracked_by, stop_seen)
 
 
 def _open(study: Study, url: str, settings: Settings) -> StudyStore:
@@ -152,7 +162,7 @@ def checkpoints(study: Study, settings: Settings) -> Checkpoints | None:
     return Checkpoints(section.url or settings.checkpoints) if section.enabled else None
 
 
-def _run(store: StudyStore, settings: Settings, metrics: Metrics, stop_seen: str) -> Outcome:
+def _run(store: StudyStore, settings: Settings, metrics: Metrics, tracked_by: Sequence[str], stop_seen: str) -> Outcome:
     ray_environment.prepare(settings.ray_address)
     from search import placement
     from search.progress import Board
@@ -163,7 +173,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, stop_seen: str
     if kept_at is not None:
         settings.create(settings.checkpoints)
         kept_at.prepare()
-    with _cluster(settings.ray_address):
+    with trackers.opened(tracked_by, store, settings) as tracked, _cluster(settings.ray_address):
         logs.gather()
         nodes = _node_check(study, settings, kept_at)
         places = placement.Places(study.spec.resources)
@@ -176,7 +186,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, stop_seen: str
             control_runs=1 if study.spec.comparison else len(study.control_seeds()),
             slots=places.total(),
             is_comparison=study.spec.comparison is not None,
-            metrics=metrics,
+            listeners=[metrics, *tracked],
         )
         board.refresh(store.rows(), store.counts())
         store.database.on_outage = board.outage

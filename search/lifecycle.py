@@ -189,6 +189,7 @@ class Trials:
             origin=history[0] if history else trial.number,
             role=role,
             weights=tuple(weights),
+            params=params,
             settings=settings,
             schedule=tuple(tuple(map(tuple, rows)) for rows in schedule),
             rule=attributes.get("rule", "fixed"),

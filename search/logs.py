@@ -18,6 +18,9 @@ NODE = socket.gethostname()
 SAID = "said"
 """The event of a line that is only meant to be read: `say`."""
 
+_QUIET = (logging.NullHandler, logging.FileHandler)
+"""Handlers that keep off standard error."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +68,7 @@ def gather() -> None:
     Call it once these are imported: that is when they make their handlers.
     """
     for logger in logging.getLogger().manager.loggerDict.values():
-        if isinstance(logger, logging.Logger) and logger.handlers:
+        if isinstance(logger, logging.Logger) and not all(isinstance(handler, _QUIET) for handler in logger.handlers):
             logger.handlers.clear()
             logger.propagate = True
 

@@ -3,12 +3,13 @@
 import contextlib
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 
 from bdense_core.errors import BadValue
+from search.listeners import Listener
 from search.records import Claim, Row
 
 HOST = "127.0.0.1"
@@ -16,7 +17,7 @@ HOST = "127.0.0.1"
 disable_created_metrics()  # type: ignore[no-untyped-call]  # else each counter has a twin that tells its birth
 
 
-class Metrics:
+class Metrics(Listener):
     """The counters and gauges of one launch, each with the label `study`. Kept always, served on demand."""
 
     def __init__(self, study: str) -> None:
@@ -66,7 +67,7 @@ class Metrics:
             server.server_close()
             thread.join()
 
-    # -- events, as `progress.Board` is told them
+    # -- events
 
     def started(self, claim: Claim) -> None:
         self._kimg_of[claim.number] = 0.0
@@ -83,16 +84,16 @@ class Metrics:
             self._reports.inc()
         self._count_running()
 
-    def ended(self, claim: Claim) -> None:
+    def ended(self, claim: Claim, state: str, value: float, *, violated: Sequence[str] = ()) -> None:
         self._gone(claim)
 
-    def failed(self, claim: Claim, *, retry: bool) -> None:
+    def failed(self, claim: Claim, reason: str, *, retry: bool) -> None:
         self._failures.inc()
         if retry:
             self._retries.inc()
         self._gone(claim)
 
-    def lost(self, claim: Claim) -> None:
+    def lost(self, claim: Claim, reason: str) -> None:
         self._lost.inc()
         self._gone(claim)
 
@@ -100,7 +101,6 @@ class Metrics:
         self._paused.set(is_paused)
 
     def outage(self, seconds: float | None) -> None:
-        """None: it begins; a number: it took so long."""
         if seconds is None:
             self._outages.inc()
         else:
@@ -108,7 +108,6 @@ class Metrics:
         self._away.set(seconds is None)
 
     def refresh(self, rows: list[Row]) -> None:
-        """The whole study, as the database holds it now."""
         tally = Tally((row.state, row.role) for row in rows)
         self._states |= tally.keys()  # what has gone down to 0 is still shown
         for state, role in self._states:

@@ -20,7 +20,7 @@ from rich.text import Text
 from bdense_core.task import Event, Progress, Score
 from search import logs
 from search.labels import settings_text
-from search.metrics import Metrics
+from search.listeners import Listener
 from search.records import Claim, Counts, Row
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class _Line:
 
 
 class Board:
-    """What happens in a launch, for whoever watches: a display on a terminal, log lines, counters."""
+    """What happens in a launch, for whoever watches: a display on a terminal, log lines, and whatever listens."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Board:
         slots: int,
         trial_runs: int = 1,
         is_comparison: bool = False,
-        metrics: Metrics | None = None,
+        listeners: Sequence[Listener] = (),
         console: Console | None = None,
     ) -> None:
         """
@@ -72,7 +72,7 @@ class Board:
         self._study, self._metric, self._is_comparison = study, metric, is_comparison
         self._trials, self._trial_runs, self._slots = trials, trial_runs, slots
         self._controls, self._control_runs = controls, control_runs
-        self._metrics = metrics or Metrics(study)
+        self._listeners = tuple(listeners)
         self._console = console or Console(stderr=True)
         self._lines: dict[int, _Line] = {}
         self._counted = self._controls_done = 0
@@ -113,14 +113,16 @@ class Board:
             for row in ended:
                 if row.state == "COMPLETE" and row.value is not None and not row.violated:
                     self._consider(row.value, f"trial {row.number} ({row.role})")
-        self._metrics.refresh(rows)
+        for listener in self._listeners:
+            listener.refresh(rows)
 
     # -- events
 
     def started(self, claim: Claim) -> None:
         with self._lock:
             self._lines[claim.number] = _Line(claim)
-        self._metrics.started(claim)
+        for listener in self._listeners:
+            listener.started(claim)
         settings = f", {settings_text(claim.settings)}" if claim.settings else ""
         about = {"weights": list(claim.weights), "settings": claim.settings}
         self._follow("started", f"started, shares {_shares(claim)}{settings}", claim, **about)
@@ -137,7 +139,8 @@ class Board:
             line.begun_at = line.done if line.begun_at is None else line.begun_at
             line.phase = result.get("phase") or "scored"
             line.value = result.get("value", line.value)
-        self._metrics.progressed(claim, result)
+        for listener in self._listeners:
+            listener.progressed(claim, result)
         if moved:
             self._follow("placed", f"runs in process {line.pid}", claim, pid=line.pid)
         if (kimg := result.get("resumed")) is not None:
@@ -173,20 +176,23 @@ class Board:
             text = (
                 f"{state} {self._metric} {value:.4g}{misses} | {', '.join([self._how_far(), *best, self._time_left()])}"
             )
-        self._metrics.ended(claim)
+        for listener in self._listeners:
+            listener.ended(claim, state, value, violated=violated)
         self._tell("ended", text, claim, line=line, state=state, metric=self._metric, value=value)
 
     def failed(self, claim: Claim, reason: str, *, retry: bool = False) -> None:
         """The trial failed; with `retry` it waits in the queue again."""
         line = self._drop(claim)
-        self._metrics.failed(claim, retry=retry)
+        for listener in self._listeners:
+            listener.failed(claim, reason, retry=retry)
         text = f"FAILED: {reason}" + ("; it is queued again" if retry else "")
         self._tell("failed", text, claim, line=line, level=logging.ERROR, reason=reason, retry=retry)
 
     def lost(self, claim: Claim, reason: str) -> None:
         """The trial is no longer ours; whatever its worker still sends is dropped."""
         line = self._drop(claim)
-        self._metrics.lost(claim)
+        for listener in self._listeners:
+            listener.lost(claim, reason)
         self._tell("lost", f"LOST: {reason}", claim, line=line, level=logging.WARNING, reason=reason)
 
     def paused(self, is_paused: bool) -> None:
@@ -194,7 +200,8 @@ class Board:
         if is_paused == self._is_paused:
             return
         self._is_paused = is_paused
-        self._metrics.paused(is_paused)
+        for listener in self._listeners:
+            listener.paused(is_paused)
         how = f"paused; `bdense-weights resume --study {self._study}` goes on"
         self._tell("paused" if is_paused else "unpaused", how if is_paused else "going on after the pause")
 
@@ -203,7 +210,8 @@ class Board:
         if (seconds is None) == self._database_away:
             return
         self._database_away = seconds is None
-        self._metrics.outage(seconds)
+        for listener in self._listeners:
+            listener.outage(seconds)
         if seconds is None:
             self._tell("outage", "the database does not answer; waiting for it", level=logging.WARNING)
         else:

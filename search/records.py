@@ -25,6 +25,8 @@ class Claim:
     role: str
     weights: Weights
     seeds: tuple[int, ...]
+    params: Params = field(default_factory=dict)
+    """The proposal; empty for a control outside the space."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Values of the method's settings that take the place of the study's."""
     schedule: Schedule = ()

@@ -94,6 +94,11 @@ class Settings:
         return self.home / "models"
 
     @property
+    def trackers(self) -> Path:
+        """What trackers of experiments write, where their own variables name no other place."""
+        return self.home / "trackers"
+
+    @property
     def ray(self) -> Path:
         return self.home / "ray"
 

@@ -67,10 +67,10 @@ def test_each_way_a_trial_leaves_is_counted_once() -> None:
     metrics = Metrics("digits")
     for number in range(5):
         metrics.started(claim(number))
-    metrics.ended(claim(0))
-    metrics.failed(claim(1), retry=True)
-    metrics.failed(claim(2), retry=False)
-    metrics.lost(claim(3))
+    metrics.ended(claim(0), "COMPLETE", 1.0)
+    metrics.failed(claim(1), "its worker was lost", retry=True)
+    metrics.failed(claim(2), "the metric is nan", retry=False)
+    metrics.lost(claim(3), "its lease expired")
     seen = scraped(metrics)
     names = ("running_trials", "failures_total", "retries_total", "lost_leases_total")
     assert [seen[f"bdense_{name}"] for name in names] == [1, 2, 1, 1]
