@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 import shutil
 import sys
@@ -27,9 +28,11 @@ from search.console import (
     width,
 )
 from search.logs import say
-from search.settings import mask
+from search.settings import Settings, mask
 
 if TYPE_CHECKING:
+    from search.records import Row
+    from search.spec import Study
     from search.storage import Studies, StudyStore
 
 _WIDE = 138
@@ -50,6 +53,12 @@ def commands() -> None:
 @click.option("--trials", type=click.IntRange(min=0), help="The study's total of searched trials.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the file; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved study and the work it means; touch nothing.")
+@click.option(
+    "--calibrate", is_flag=True, help="With --dry-run: measure this device first, and keep the figure for later plans."
+)
+@click.option(
+    "--price", type=click.FloatRange(min=0), help="With --dry-run: of an hour of one GPU, or of one core without GPUs."
+)
 @click.option("--no-dashboard", is_flag=True, help="Do not start optuna-dashboard.")
 @click.option(
     "--dashboard-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port."
@@ -76,6 +85,8 @@ def launch(
     trials: int | None,
     overrides: tuple[str, ...],
     dry_run: bool,
+    calibrate: bool,
+    price: float | None,
     no_dashboard: bool,
     dashboard_port: int,
     log_format: str,
@@ -85,6 +96,7 @@ def launch(
 ) -> None:
     """Create or resume a study and run it. Without a file: the stored study of that name, else the quickstart."""
     logs.configure(log_format)
+    _check_dry_run_options(dry_run, calibrate, price)
     from search import launch as launching
     from search import quality
     from search.study_file import assignment, load_study, studies_folder
@@ -106,15 +118,7 @@ def launch(
     for note in quality.notes(study):
         say(f"note: {note}")
     if dry_run:
-        from search.plan import plan
-
-        found = plan(study, settings)
-        missing = found["missing"] if form == "json" else found.pop("missing")
-        print_values({"study": study.to_dict(), "plan": found}, form)
-        if form != "json":
-            click.echo("missing: " + ("nothing" if not missing else ""))
-            for line in missing:
-                click.echo(f"  - {line}")
+        _dry_run(study, settings, form, calibrate=calibrate, price=price)
         return
     logs.configure(log_format, study=study.name)
     outcome = launching.launch(
@@ -129,7 +133,7 @@ def launch(
         again = typed_again(storage)
         say(f"interrupted; {outcome.given_back} running trial(s) went back into the queue. Resume with: {again}")
         sys.exit(INTERRUPTED)
-    _print_study(outcome.store, form)
+    _print_study(outcome.store, settings, form)
     say("")
     if storage is None:
         say("look again: bdense-weights dashboard")
@@ -161,7 +165,8 @@ def list_studies(storage: str | None, form: str) -> None:
 @click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path, dir_okay=False), help="Draw into a file.")
 def show(name: str, storage: str | None, form: str, plot: Path | None) -> None:
     """Show a study: its trials, its controls, its noise, its weight curve."""
-    store = _open(name, storage)
+    settings = load_settings(storage)
+    store = _studies(storage).open(name)
     if plot is not None:
         if plot.suffix.lower() != ".png":
             raise BadValue(f"--plot writes PNG files, got {plot}; name it {plot.with_suffix('.png')}")
@@ -173,7 +178,7 @@ def show(name: str, storage: str | None, form: str, plot: Path | None) -> None:
         except OSError as error:
             raise BDenseError(f"cannot write {plot}: {error.strerror or error}") from error
         say(f"wrote {plot}")
-    _print_study(store, form, full=True)
+    _print_study(store, settings, form, full=True)
 
 
 @commands.command()
@@ -288,17 +293,45 @@ def _studies(storage: str | None) -> "Studies":
     return found_studies(load_settings(storage))
 
 
-def _open(name: str, storage: str | None) -> "StudyStore":
-    return _studies(storage).open(name)
+def _check_dry_run_options(dry_run: bool, calibrate: bool, price: float | None) -> None:
+    if not dry_run and (calibrate or price is not None):
+        raise click.UsageError(f"{'--calibrate' if calibrate else '--price'} is about a plan; add --dry-run")
+    if price is not None and not math.isfinite(price):
+        raise click.BadParameter(f"{price} is no price of an hour", param_hint="'--price'")
 
 
-def _print_study(store: "StudyStore", form: str, *, full: bool = False) -> None:
-    from search import comparison, noise, report
+def _dry_run(study: "Study", settings: Settings, form: str, *, calibrate: bool, price: float | None) -> None:
+    if calibrate:
+        from search.calibration import calibrate as measure
+
+        measure(study, settings)
+    from search.plan import plan
+
+    found = plan(study, settings, price=price)
+    missing = found["missing"] if form == "json" else found.pop("missing")
+    print_values({"study": study.to_dict(), "plan": found}, form)
+    if form != "json":
+        click.echo("missing: " + ("nothing" if not missing else ""))
+        for line in missing:
+            click.echo(f"  - {line}")
+
+
+def _print_study(store: "StudyStore", settings: Settings, form: str, *, full: bool = False) -> None:
+    from search import preview, report
 
     rows = store.rows()
+    found = preview.preview(store.study, rows, settings)
     if form == "json":
-        click.echo(json.dumps(report.show_object(store, rows), indent=2))
+        click.echo(json.dumps(report.show_object(store, rows) | {"preview": found}, indent=2))
         return
+    _print_tables(store, rows, full=full)
+    if found is not None:
+        click.echo(preview.line(found))
+
+
+def _print_tables(store: "StudyStore", rows: "list[Row]", *, full: bool) -> None:
+    from search import comparison, noise, report
+
     if store.study.spec.comparison is not None:
         found = comparison.compare(store.study, rows)
         print_table(comparison.table(found))

@@ -99,6 +99,11 @@ class Settings:
         return self.home / "trackers"
 
     @property
+    def throughput(self) -> Path:
+        """What was measured of this machine's speed, for plans."""
+        return self.home / "throughput"
+
+    @property
     def ray(self) -> Path:
         return self.home / "ray"
 

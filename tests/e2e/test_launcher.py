@@ -64,6 +64,31 @@ def test_the_quickstart_study_runs_and_its_export_command_works_as_printed(newco
     assert len(list((newcomer.home / "cache").iterdir())) == 2, "all trials share targets and endpoints"
 
 
+def test_a_study_whose_cost_was_measured_beforehand_tells_how_far_that_was_off(user) -> None:
+    command = ("--study", "previewed", "--trials", "1", *TINY_DIGITS)
+    planned = user.launch(*command, "--dry-run", "--calibrate", "--price", "2", "--format", "json")
+    assert planned.returncode == 0, planned.stderr
+    assert re.search(r"^calibrated in \d+ s; kept in ", planned.stderr, re.MULTILINE)
+    time = json.loads(planned.stdout)["plan"]["time"]
+    assert time["is_measured"] and time["cost"] == pytest.approx(2 * time["device_hours"], rel=0.01)
+    done = user.launch(*command)
+    assert done.returncode == 0, done.stderr
+    figures = re.search(
+        r"^preview: ([\d.e-]+) device hours were expected, ([\d.e-]+) were used \([+-]\d+ %\)$",
+        done.stdout,
+        re.MULTILINE,
+    )
+    assert figures, done.stdout
+    shown = user.show("previewed")
+    found = shown["preview"]
+    assert found["trials"] == 4
+    assert found["expected_device_hours"] == pytest.approx(time["device_hours"], rel=0.01), "nothing was pruned"
+    assert found["used_device_hours"] == pytest.approx(sum(trial["duration_s"] for trial in shown["trials"]) / 3600)
+    assert [float(figures[1]), float(figures[2])] == pytest.approx(
+        [found["expected_device_hours"], found["used_device_hours"]], rel=0.01
+    )
+
+
 def test_an_interrupted_study_is_resumed_to_exactly_its_total(user) -> None:
     command = ("--study", "resumed", "--trials", "6", *SLOW)
     first = user.start_launch(SYNTHETIC, *command)
