@@ -202,7 +202,7 @@ def dynamic_threshold(denoised: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def deis_coefficients(sigmas: tuple[float, ...], max_order: int) -> tuple[tuple[float, ...], ...]:
-    """Weights of the newest directions in each step of tAB-DEIS, [steps][max_order]; step 0 is all zero.
+    """Weights of the newest directions in each step of tAB-DEIS, `[steps][max_order]`; step 0 is all zero.
 
     Integrals over the step, in VP time u, of the Lagrange polynomials through the current and earlier
     times, times d sigma / du; by a plain sum over equidistant points, as the reference does.

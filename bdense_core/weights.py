@@ -19,7 +19,7 @@ PAPER_BEST = (1.386, -4.274)
 Weights = tuple[float, ...]
 
 Schedule = tuple[tuple[Weights, ...], ...]
-"""Weights that differ over time or between intervals, [times][intervals][K].
+"""Weights that differ over time or between intervals, `[times][intervals][K]`.
 
 The times are evenly spaced from the first image to the last; between two of them the weights' logarithms are
 interpolated, the weights themselves where one of the two is 0. One interval stands for all. Empty: the same weights
@@ -77,7 +77,7 @@ def checked(weights: Sequence[float]) -> Weights:
 
 
 def weights_at(schedule: Schedule, weights: Weights, done: float, num_intervals: int) -> tuple[Weights, ...]:
-    """The weights of each trained interval when `done` of 1.0 of a run is behind it, [intervals][K].
+    """The weights of each trained interval when `done` of 1.0 of a run is behind it, `[intervals][K]`.
 
     Args:
         schedule: if empty, `weights` hold everywhere.

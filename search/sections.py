@@ -23,8 +23,11 @@ class EvaluationSection(Section):
     reference: str | None = None
     """Reference statistics, named likewise; default: those called as the features."""
     n_samples: int = Field(default=2000, ge=2)
+    """Samples of each student; values of unlike numbers are not compared."""
     seed: int = 0
+    """Of the samples' noise."""
     batch: int = Field(default=500, ge=1)
+    """Samples that are made at once."""
     early_samples: int | None = Field(default=None, ge=2)
     """Samples of the scores before the last one, which may prune; default: as many as the last one's."""
 
@@ -49,6 +52,7 @@ class SamplerSection(Section):
     grid_points: int = Field(default=5, ge=2)
     """For `grid`: points along each searched axis, evenly spaced, both ends among them."""
     seed: int = 0
+    """Of the proposals."""
 
 
 class PrunerSection(Section):
@@ -76,6 +80,7 @@ class SeedsSection(Section):
     """Training seeds. Every trial uses the first; trials of one seed share noise, data order and targets."""
 
     training: int = Field(default=0, ge=0)
+    """The first one; where more are wanted, those after it."""
     per_trial: int = Field(default=1, ge=1, le=100)
     """Seeds that each searched trial runs on; its value is their mean."""
     control_repeats: int = Field(default=2, ge=1, le=100)
@@ -90,11 +95,13 @@ class ResourcesSection(Section):
 
     cpus: float = Field(default=1.0, gt=0)
     gpus: float = Field(default=0.0, ge=0)
+    """A part of a GPU is possible; 0 trains on the CPU."""
     compile: bool = False
     """Whether networks go through torch.compile."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Images that go through the student at once in training, where a whole batch does not fit the device."""
     max_parallel: int | None = Field(default=None, ge=1)
+    """Trials that one launcher runs at once; default: as many as there is room for."""
 
 
 def _check_place(url: str | None, key: str) -> None:
@@ -128,7 +135,9 @@ class LeaseSection(Section):
     """When a trial counts as lost, and how often it is tried again."""
 
     heartbeat_s: int = Field(default=15, ge=1)
+    """A trial that gets on is heard of at least so often."""
     grace_s: int = Field(default=180, ge=2)
+    """A trial that was not heard of for so long is lost, and queued again."""
     max_retries: int = Field(default=2, ge=0)
     outage_s: int = Field(default=900, ge=0)
     """How long a launcher waits for a database that does not answer."""

@@ -114,6 +114,7 @@ class LogLinear(Family):
     b: Range = (MIN_INTERCEPT, 0.0)
     """The intercept. It scales the whole loss, which Adam cancels: a flat direction (spec/methods.md 5.2)."""
     index_origin: int = Field(default=0, ge=0, le=1)
+    """The first branch's k."""
 
     def model_post_init(self, _context: object) -> None:
         if self.b[0] < MIN_INTERCEPT:

@@ -46,6 +46,7 @@ class StudySpec(Section):
     """One study file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    """What the study is called in its database: letters, digits, `.`, `_` and `-`."""
     description: str = ""
     dataset: str = "digits"
     """What the teacher was trained on, to notice a teacher of something else; and what a method trains on that needs

@@ -131,6 +131,8 @@ def page(study: Study, runs: dict[str, list[Run]], evaluation_s: float, notes: s
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     settings = {key: value for key, value in asdict(method).items() if value is not None}
     every, argument = study.spec.budget.every_kimg, "" if name == "digits" else f" {name}"
+    is_scored_once = len(first[0].scores) == 1
+    columns = "" if is_scored_once else ' Columns "at ... kimg" are means over the seeds.'
     return f"""# Branch weightings on the {name}
 
 {study.metric} (lower is better; not an FID) of students at NFE {method.nfe} with K = {method.num_branches},
@@ -147,7 +149,7 @@ protocol; all that were run with these settings are here, with every seed.
   {evaluation_s:.1f} s of it for the evaluations. The first trial of a seed needs {cold_s:.1f} s more, to make
   the cache.
 - Settings: `{canonical_json(settings)}`; {method.num_iterations} iterations, scored every {every} kimg.
-- Evaluation: {evaluation.n_samples} samples of seed {evaluation.seed}. Columns "at ... kimg" are means over the seeds.
+- Evaluation: {evaluation.n_samples} samples of seed {evaluation.seed}.{columns}
 - Made by `python tools/digits_table.py{argument}` on {today}:
   Python {platform.python_version()}, torch {torch.__version__}, {_cpu()}, one thread, and other work on the
   machine's two cores at the same time.

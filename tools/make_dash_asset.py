@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import torch
-from make_digits_assets import EVALUATION_SEED, N_SAMPLES, compare
+from make_digits_assets import EVALUATION_SEED, N_SAMPLES, USE, compare
 
 from bdense_core import assets, data
 from bdense_core.checkpoints import load_network, save_network
@@ -129,7 +129,8 @@ learned, from 0: lowest at the clean end, where the noise is hardest to see.
 
 Training: `{canonical_json(card["settings"]["teacher"])}`.
 Network: `{canonical_json(card["settings"]["network"])}`.
-"""
+
+{USE}"""
 
 
 @click.command(help=__doc__.partition("\n")[0] if __doc__ else None)

@@ -195,6 +195,16 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
+USE = """Intended use: searches, comparisons and tests that take minutes on a CPU. Not for reading digits or making
+images, and no evidence about methods at full size: images so few and so small are a toy. A distance also rewards
+remembering the images.
+
+Licence: Apache-2.0, no published weights are in it. Data: Optical Recognition of Handwritten Digits, E. Alpaydin and
+C. Kaynak, 1998, UCI Machine Learning Repository (doi 10.24432/C50P49), CC BY 4.0. More: `docs/cards.md`.
+"""
+"""How the card of every shipped folder ends."""
+
+
 def describe(recipe: Recipe, card: dict[str, Any]) -> str:
     """The card for people, in Markdown."""
     figures, made = card["figures"], card["made"]
@@ -226,7 +236,8 @@ fd-{name} is a Fréchet distance of these features, not an FID. Here: {N_SAMPLES
 Settings of the teacher: `{canonical_json(card["settings"]["teacher"])}`.
 Its network: `{canonical_json(card["settings"]["network"])}`.
 Settings of the feature network: `{canonical_json(card["settings"]["features"])}`.
-"""
+
+{USE}"""
 
 
 def compare(made: dict[str, Any], shipped: dict[str, Any]) -> bool:

@@ -38,6 +38,7 @@ class PD:
     budget_kimg: float = 19200.0
     """Of all stages together: 50,000 batches each."""
     weighting: Weighting = "snr_trunc"
+    """Of the squared error of the image: 1, SNR (the error of the noise), max(SNR, 1), or SNR + 1 (the error of v)."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     weight_decay: float = 0.0
     clip_norm: float = 1.0
