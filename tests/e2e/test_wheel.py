@@ -44,7 +44,9 @@ def test_the_quickstart_runs_from_the_wheel_alone(wheel: Path, newcomer: User, t
     subprocess.run([*command, str(wheel)], check=True, capture_output=True, timeout=200)
     program = str(place / "bin" / "bdense-weights")
     newcomer.environment |= {"PYTHONPATH": str(place)}  # before the checkout, which is on the path of this environment
-    where = newcomer.run(sys.executable, "-c", "import search, bdense_core; print(search.__file__, bdense_core.__file__)")
+    where = newcomer.run(
+        sys.executable, "-c", "import search, bdense_core; print(search.__file__, bdense_core.__file__)"
+    )
     assert where.stdout.split() == [str(place / name / "__init__.py") for name in ("search", "bdense_core")], where
 
     version = newcomer.run(program, "--version")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bdense_core.cache import TrajectoryCache
-from bdense_core.errors import CheckpointError
+from bdense_core.errors import BadValue, CheckpointError
 from search.checkpoints import Checkpoints, local_state
 from search.places import check_writable
 from tests.object_store import ObjectStore, serving
@@ -95,12 +95,15 @@ def test_a_store_that_cannot_be_reached_is_said_once_and_ends_nothing(
     assert url in record.getMessage()
 
 
-def test_a_launch_finds_out_early_whether_the_store_can_be_written(store: ObjectStore) -> None:
+def test_a_launch_finds_out_early_whether_the_store_can_be_written(store: ObjectStore, tmp_path: Path) -> None:
     before = store.names()
     check_writable(f"{store.url}/any/where", "cache.url")
     assert store.names() == before
-    with pytest.raises(CheckpointError, match=r"the shared teacher cache at s3://No_Bucket.*change cache\.url"):
-        check_writable("s3://No_Bucket/x", "cache.url")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"the shared teacher cache at .*/file/x.* change cache\.url"):
+        check_writable(str(tmp_path / "file" / "x"), "cache.url")
+    with pytest.raises(BadValue, match=r"cache\.url nosuch://host/x cannot be used: .*install the driver's package"):
+        check_writable("nosuch://host/x", "cache.url")
 
 
 def test_the_state_of_a_trial_goes_to_the_store_and_comes_back_on_another_machine(store: ObjectStore) -> None:
