@@ -10,7 +10,7 @@ Several workers fill one cache together: whoever holds a shard's lock computes i
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bdense_core.files import (
     write_text_atomically,
 )
 from bdense_core.integrity import TENSOR, cache_bytes, check_shard
+from bdense_core.shared_cache import SharedShards
 
 Compute = Callable[[int, int], Iterable[Tensor]]
 _WAIT_S = 0.05
@@ -44,6 +45,7 @@ class TrajectoryCache:
         num_rows: trajectories that this run wants; no shard beyond them is computed.
         shard_rows: trajectories in one file.
         compute: the targets of rows [first, end), piece by piece: [some rows, ...] each.
+        shared_url: where machines that share no folder find each other's shards; None: nowhere.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class TrajectoryCache:
         num_rows: int,
         shard_rows: int,
         compute: Compute,
+        shared_url: str | None = None,
     ) -> None:
         self.identity = {**identity, "shard_rows": shard_rows}
         self.root = root
@@ -63,6 +66,7 @@ class TrajectoryCache:
         self.computed = 0
         self._compute = compute
         self._verified: dict[int, Path] = {}
+        self._shared = SharedShards(shared_url, self.folder.name) if shared_url else None
 
     @property
     def num_shards(self) -> int:
@@ -138,13 +142,13 @@ class TrajectoryCache:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _work_on_any(self, wanted: int) -> Iterator[None]:
-        """Compute the wanted shard, or, while another worker does, the next one that nobody works on."""
+        """Get the wanted shard, or, while another worker does, the next one that nobody works on."""
         present = self._present()
         for shard in range(wanted, self.num_shards):
             if shard not in present and (lock := self._lock(shard)) is not None:
                 try:
                     if self._find(shard) is None:
-                        yield from self._make(shard)
+                        yield from self._get(shard)
                         return
                 finally:
                     lock.release()
@@ -163,18 +167,27 @@ class TrajectoryCache:
             raise self._unwritable(error) from error
         return lock
 
-    def _make(self, shard: int) -> Iterator[None]:
+    def _get(self, shard: int) -> Iterator[None]:
+        """Take a shard from where other machines offer theirs, else compute it and offer it."""
+        if self._shared is None:
+            yield from self._make(shard)
+        elif self._shared.fetch(shard, self.folder):
+            yield
+        else:
+            self._shared.offer((yield from self._make(shard)))
+
+    def _make(self, shard: int) -> Generator[None, None, Path]:
         """Compute a shard and write it, with a sign of life after each piece."""
         first, pieces = shard * self.shard_rows, []
         for piece in self._compute(first, first + self.shard_rows):
             pieces.append(piece)
             yield
         try:
-            self._write(shard, torch.cat(pieces))
+            return self._write(shard, torch.cat(pieces))
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _write(self, shard: int, targets: Tensor) -> None:
+    def _write(self, shard: int, targets: Tensor) -> Path:
         description = self.folder / "cache.json"
         if not description.exists():
             write_text_atomically(description, canonical_json(self.identity) + "\n")
@@ -182,8 +195,10 @@ class TrajectoryCache:
             left.unlink()  # by a worker that was killed: whoever writes this shard holds its lock
         content = save({TENSOR: targets.contiguous()})
         digest = hashlib.sha256(content).hexdigest()
-        write_bytes_atomically(self.folder / f"shard-{shard:05d}-{digest}.safetensors", content)
+        path = self.folder / f"shard-{shard:05d}-{digest}.safetensors"
+        write_bytes_atomically(path, content)
         self.computed += 1
+        return path
 
     def _present(self) -> set[int]:
         """The shards of this run that are on the disk, by one look at the folder."""

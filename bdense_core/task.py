@@ -56,6 +56,8 @@ class Task:
     """The folder of all teacher caches; None: the teacher is asked again in each run."""
     cache_budget_gb: float | None = None
     """What all caches may take together; None: what the disk has."""
+    cache_url: str | None = None
+    """Where machines that share no folder find each other's shards (see `shared_cache`); None: nowhere."""
     device: str = "cpu"
     compile: bool = False
     """Whether networks go through torch.compile: minutes at the start, fewer kernels afterwards."""

@@ -6,17 +6,15 @@ A location is a plain string: nothing of fsspec is pickled. A run itself keeps i
 
 import logging
 import re
-import secrets
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from bdense_core.errors import BadValue, CheckpointError
+from search.places import check_writable, open_place, told
 from search.settings import mask
 
 FETCH_WITHIN_S = 120.0
@@ -51,12 +49,7 @@ class Checkpoints:
             BadValue: an unknown protocol, or a driver that is not installed.
             CheckpointError: the storage cannot be reached or written.
         """
-        with _told("written", self.root):
-            files, path = _open(self.root)
-            files.makedirs(path, exist_ok=True)
-            probe = f"{path}/.writable-{secrets.token_hex(8)}"  # another launcher may be trying the same
-            files.pipe_file(probe, b"")
-            files.rm_file(probe)
+        check_writable(self.root)
 
     def location(self, study: str, first: int) -> str:
         """Where a trial keeps its state, for the way to a worker.
@@ -73,8 +66,8 @@ class Checkpoints:
         Raises:
             BadValue, CheckpointError: as for `prepare`.
         """
-        with _told("listed", self.root):
-            files, path = _open(self._below(study))
+        with told("listed", self.root):
+            files, path = open_place(self._below(study))
             try:
                 names = [PurePosixPath(entry).name for entry in files.ls(path, detail=False)]
             except FileNotFoundError:
@@ -96,8 +89,8 @@ class Checkpoints:
 
     def _remove(self, location: str) -> None:
         try:
-            with _told("removed", location), suppress(FileNotFoundError):
-                files, path = _open(location)
+            with told("removed", location), suppress(FileNotFoundError):
+                files, path = open_place(location)
                 files.rm(path, recursive=True)
         except (BadValue, CheckpointError) as error:
             log.warning("%s", error)
@@ -215,8 +208,8 @@ class _Mirror(LocalState):
 
     def _bring(self, state: dict[str, int]) -> None:
         """First what is new, then away with what went: at each moment the URL has a whole state."""
-        with _told("copied", self._location):
-            files, root = _open(self._location)
+        with told("copied", self._location):
+            files, root = open_place(self._location)
             for name, changed in state.items():
                 if self._copied.get(name) == changed:
                     continue
@@ -249,8 +242,8 @@ class _Mirror(LocalState):
             log.warning("%s", self._note)
 
     def _get(self, incoming: Path) -> None:
-        with _told("read", self._location):
-            files, root = _open(self._location)
+        with told("read", self._location):
+            files, root = open_place(self._location)
             try:
                 found = files.find(root)
             except FileNotFoundError:
@@ -268,39 +261,4 @@ def _local_path(location: str) -> Path | None:
     protocol, separator, _ = location.partition("://")
     if not separator:
         return Path(location)
-    return Path(_open(location)[1]) if protocol in ("file", "local") else None
-
-
-def _open(url: str) -> tuple[Any, str]:
-    """fsspec's file system, which asks the storage itself and not its memory of it, and the path there."""
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(url)
-    files.invalidate_cache()
-    return files, path.rstrip("/")
-
-
-@contextmanager
-def _told(purpose: str, url: str) -> Iterator[None]:
-    """Whatever a driver raises, as one line without a password.
-
-    Raises:
-        BadValue: an unknown protocol, or a driver that is not installed.
-        CheckpointError: anything else.
-    """
-    try:
-        yield
-    except Exception as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if (password := urlsplit(url).password) is not None:
-            cause = cause.replace(password, "***").replace(unquote(password), "***")
-        cause = cause.replace(url, mask(url)).rstrip(".")
-        if isinstance(error, ImportError) or "Protocol not known" in cause:
-            raise BadValue(
-                f"the checkpoints' address {mask(url)} cannot be used: {cause}; install the driver's package on all "
-                "nodes, or give checkpoints.url a path"
-            ) from error
-        raise CheckpointError(
-            f"the checkpoints at {mask(url)} cannot be {purpose}: {cause}; make the storage reachable and writable, or "
-            "change checkpoints.url"
-        ) from error
+    return Path(open_place(location)[1]) if protocol in ("file", "local") else None

@@ -18,6 +18,7 @@ from search.database import Database
 from search.errors import StorageError
 from search.logs import say
 from search.metrics import Metrics
+from search.places import check_writable
 from search.preflight import preflight
 from search.settings import Settings
 from search.spec import Study, mutable_values
@@ -173,6 +174,8 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, tracked_by: Se
     if kept_at is not None:
         settings.create(settings.checkpoints)
         kept_at.prepare()
+    if study.spec.cache.enabled and (url := study.spec.cache.url) is not None:
+        check_writable(url, "cache.url")
     with trackers.opened(tracked_by, store, settings) as tracked, _cluster(settings.ray_address):
         logs.gather()
         nodes = _node_check(study, settings, kept_at)

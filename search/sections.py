@@ -104,6 +104,19 @@ class ResourcesSection(Section):
     """Trials that one launcher runs at once; default: as many as there is room for."""
 
 
+def _check_place(url: str | None, key: str) -> None:
+    """Refuse what names no place, and a password, which the stored study would show."""
+    if url is None:
+        return
+    if "://" not in url and not Path(url).is_absolute():
+        raise BadValue(f"{key} {url!r} is neither a full path nor a URL; begin it with / or PROTOCOL://")
+    if "://" in url and mask(url) != url:
+        raise BadValue(
+            f"{key} {mask(url)} holds a password, which a study file must not; leave it to the driver's own "
+            "configuration on each node"
+        )
+
+
 class CacheSection(Section):
     """The teacher's trajectories, computed once for all trials."""
 
@@ -111,6 +124,11 @@ class CacheSection(Section):
     """Without it every trial asks the teacher again: up to three times the work, and no disk."""
     budget_gb: float | None = Field(default=None, gt=0)
     """What all caches of the machine may take together; checked before one is filled."""
+    url: str | None = None
+    """An fsspec URL where nodes that share no BDENSE_HOME find each other's shards; each keeps its own copy."""
+
+    def model_post_init(self, _context: object) -> None:
+        _check_place(self.url, "cache.url")
 
 
 class LeaseSection(Section):
@@ -142,17 +160,7 @@ class CheckpointSection(Section):
     """Seconds of training that an interrupted trial may lose."""
 
     def model_post_init(self, _context: object) -> None:
-        if self.url is None:
-            return
-        if "://" not in self.url and not Path(self.url).is_absolute():
-            raise BadValue(
-                f"checkpoints.url {self.url!r} is neither a full path nor a URL; begin it with / or PROTOCOL://"
-            )
-        if "://" in self.url and mask(self.url) != self.url:
-            raise BadValue(
-                f"checkpoints.url {mask(self.url)} holds a password, which a study file must not; "
-                "leave it to the driver's own configuration on each node"
-            )
+        _check_place(self.url, "checkpoints.url")
 
 
 Setting = StrictBool | StrictInt | StrictFloat | StrictStr

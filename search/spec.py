@@ -317,6 +317,7 @@ class Study:
             num_shown=0 if is_search else _NUM_SHOWN,
             cache_root=str(cache_root) if self.spec.cache.enabled else None,
             cache_budget_gb=self.spec.cache.budget_gb,
+            cache_url=self.spec.cache.url,
             device="cuda" if self.spec.resources.gpus > 0 else "cpu",
             compile=self.spec.resources.compile,
             micro_batch=self.spec.resources.micro_batch,

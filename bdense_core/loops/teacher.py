@@ -53,6 +53,7 @@ class FrozenTeacher:
             num_rows=num_rows,
             shard_rows=shard_rows,
             compute=compute,
+            shared_url=self._task.cache_url,
         )
 
     def require_finite(self, states: Tensor, which: str) -> None:

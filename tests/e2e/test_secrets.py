@@ -5,11 +5,8 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
-import socket
 import ssl
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.request
@@ -18,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import psycopg2
 import pytest
-from psycopg2 import sql
 
 from search.server import programs
 from search.study_file import studies_folder
 from tests.e2e.conftest import WEIGHTS, Running, User
+from tests.tcp_postgres import Postgres, listening
 
 pytestmark = pytest.mark.e2e
 
@@ -32,69 +28,14 @@ STUDY = (
     str(studies_folder() / "synthetic.yaml"), "--trials", "2", "--set", "seeds.control_repeats=1",
     "--set", "method.seconds=0.5", "--set", "space={family: slope}",
 )  # fmt: skip
-NOBODY = 65534
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")
 """How a client of PostgreSQL asks for encryption, before anything else."""
 
 
-@dataclass(frozen=True)
-class Postgres:
-    """A PostgreSQL on TCP that lets in by password alone."""
-
-    port: int
-    password: str
-
-    def url(self, password: str | None = None) -> str:
-        secret = f":{password}" if password else ""
-        return f"postgresql://searcher{secret}@127.0.0.1:{self.port}/postgres"
-
-    def rows(self) -> Iterator[str]:
-        """Every row of every table as text."""
-        connection = psycopg2.connect(self.url(self.password))
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
-                for (table,) in cursor.fetchall():
-                    cursor.execute(sql.SQL("SELECT t::text FROM {} t").format(sql.Identifier(table)))
-                    yield from (row for (row,) in cursor.fetchall())
-        finally:
-            connection.close()
-
-
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
-    """Its server refuses to run as root, so it runs as nobody then."""
-    folder = Path(tempfile.mkdtemp(prefix="bd-pg-", dir="/tmp"))
-    data, password = folder / "data", secrets.token_hex(12)
-    other = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-    bare = folder / "password"
-    bare.write_text(password)
-    if other:
-        os.chown(folder, NOBODY, NOBODY)
-        os.chown(bare, NOBODY, NOBODY)
-
-    def as_server(*command: str) -> None:
-        environment = {"LC_ALL": "C", "PATH": os.environ["PATH"]}
-        subprocess.run(command, **other, cwd=folder, env=environment, capture_output=True, check=True)
-
-    as_server(str(programs() / "initdb"), "-D", str(data), "-A", "scram-sha-256", "-U", "searcher", "-N",
-              f"--pwfile={bare}")  # fmt: skip
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [str(programs() / "postgres"), "-D", str(data), "-p", str(port), "-c", "listen_addresses=127.0.0.1",
-         "-c", "unix_socket_directories="],
-        **other, cwd=folder, env={"LC_ALL": "C"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    pid_file = data / "postmaster.pid"
-    deadline = time.monotonic() + 60
-    while not (pid_file.exists() and "ready" in pid_file.read_text()):
-        assert server.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    yield Postgres(port, password)
-    server.terminate()
-    server.wait(30)
-    shutil.rmtree(folder)
+    with listening(programs()) as server:
+        yield server
 
 
 @pytest.fixture
