@@ -24,13 +24,11 @@ import pytest
 import yaml
 
 from search.settings import mask, normalise_url
+from tests import compose_file
+from tests.compose_file import DOCKER, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCKER = ROOT / "docker"
 CLUSTER = DOCKER / "cluster"
 ENTRYPOINT = DOCKER / "entrypoint.sh"
-COMPOSE_TEXT = (DOCKER / "compose.yaml").read_text()
-VARIABLE = re.compile(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}")
 
 
 def run(command: list, **settings) -> subprocess.CompletedProcess[str]:
@@ -38,23 +36,7 @@ def run(command: list, **settings) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
 
 
-def env_example() -> dict[str, str]:
-    lines = (DOCKER / ".env.example").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-
-
-def interpolated(text: str, values: dict[str, str]) -> str:
-    """As compose does it, in the two forms that the file uses."""
-
-    def value(found: re.Match[str]) -> str:
-        name, kind, rest = found.groups()
-        assert kind, f"${{{name}}} has neither a default nor a message"
-        return values.get(name) or (rest if kind == ":-" else "")
-
-    return VARIABLE.sub(value, text)
-
-
-COMPOSE = yaml.safe_load(interpolated(COMPOSE_TEXT, env_example()))
+COMPOSE = compose_file.load()
 SERVICES: dict[str, dict] = COMPOSE["services"]
 OURS = [name for name, service in SERVICES.items() if service["image"].startswith("bdense:")]
 LONG_LIVED = ["postgres", "ray-head", "ray-worker", "ray-gpu-worker", "dashboard", "proxy"]
@@ -99,14 +81,14 @@ def test_ray_and_the_database_have_no_way_to_the_outside() -> None:
 def test_no_secret_stands_in_a_file_or_has_a_default() -> None:
     for name, secret in COMPOSE["secrets"].items():
         assert secret == {"file": f"./secrets/{name}"}
-    assert re.findall(r"file: \$\{(\w+):\?", COMPOSE_TEXT) == ["SECRETS"] * len(COMPOSE["secrets"])
+    assert re.findall(r"file: \$\{(\w+):\?", compose_file.TEXT) == ["SECRETS"] * len(COMPOSE["secrets"])
     secretive = re.compile("password|token|secret|hash", re.IGNORECASE)
     for name, service in SERVICES.items():
         for variable, value in service.get("environment", {}).items():
             if secretive.search(variable):
                 assert variable == "RAY_AUTH_MODE" or re.fullmatch(r"/run/secrets/\w+", value), (name, variable)
                 assert variable == "RAY_AUTH_MODE" or Path(value).name in service["secrets"], (name, variable)
-    assert [name for name in env_example() if secretive.search(name)] == ["SECRETS"]
+    assert [name for name in compose_file.example() if secretive.search(name)] == ["SECRETS"]
     assert not [rest for word, rest in DOCKERFILE if word in ("ARG", "ENV") and secretive.search(rest)]
 
 
@@ -218,13 +200,13 @@ def test_gpus_are_asked_for_by_the_gpu_worker_alone() -> None:
 
 
 def test_the_example_environment_names_exactly_the_variables_that_compose_reads() -> None:
-    used = {name for name, _, _ in VARIABLE.findall(COMPOSE_TEXT)}
-    assert {name for name in env_example() if not name.startswith("COMPOSE_")} == used
-    assert env_example()["COMPOSE_PROFILES"] in ("cpu", "gpu")
+    used = {name for name, _, _ in compose_file.VARIABLE.findall(compose_file.TEXT)}
+    assert {name for name in compose_file.example() if not name.startswith("COMPOSE_")} == used
+    assert compose_file.example()["COMPOSE_PROFILES"] in ("cpu", "gpu")
 
 
 def test_a_scale_of_workers_and_of_their_cpus_comes_from_the_environment() -> None:
-    many = yaml.safe_load(interpolated(COMPOSE_TEXT, env_example() | {"WORKERS": "5", "WORKER_CPUS": "7", "GPUS": "3"}))
+    many = compose_file.load(WORKERS="5", WORKER_CPUS="7", GPUS="3")
     worker, gpu_worker = many["services"]["ray-worker"], many["services"]["ray-gpu-worker"]
     assert worker["deploy"]["replicas"] == 5
     assert "--num-cpus=7" in worker["command"] and worker["cpus"] == 7
@@ -242,7 +224,7 @@ def compose_command() -> list[str]:
 
 def test_compose_takes_the_file_with_the_example_environment_and_refuses_it_without(tmp_path: Path) -> None:
     command = [*compose_command(), "--project-directory", str(DOCKER), "-f", str(DOCKER / "compose.yaml")]
-    bare = {name: value for name, value in os.environ.items() if name not in env_example()}
+    bare = {name: value for name, value in os.environ.items() if name not in compose_file.example()}
     example = [*command, "--env-file", str(DOCKER / ".env.example"), "config"]
     done = run(example, env=bare)
     assert done.returncode == 0, done.stderr
@@ -273,8 +255,8 @@ def test_one_build_argument_chooses_the_build_of_torch_for_cpu_or_cuda() -> None
     files = [arguments[place + 1] for place, argument in enumerate(arguments) if argument == "-c"]
     assert files == ["constraints.txt", "docker/constraints.txt"]
     for name in OURS:
-        assert SERVICES[name]["build"]["args"] == {"TORCH_BACKEND": env_example()["TORCH_BACKEND"]}
-        assert SERVICES[name]["image"] == f"bdense:{env_example()['TORCH_BACKEND']}"
+        assert SERVICES[name]["build"]["args"] == {"TORCH_BACKEND": compose_file.example()["TORCH_BACKEND"]}
+        assert SERVICES[name]["image"] == f"bdense:{compose_file.example()['TORCH_BACKEND']}"
 
 
 def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
@@ -523,7 +505,7 @@ def login_status(port: int, login: str | None) -> int:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting))
     headers = {} if login is None else {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
     try:
-        with opener.open(urllib.request.Request(f"https://localhost:{port}/up", headers=headers), timeout=10) as page:
+        with opener.open(urllib.request.Request(f"https://localhost:{port}/up", headers=headers), timeout=60) as page:
             return page.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -547,7 +529,7 @@ def caddy(tmp_path: Path, page: int) -> Iterator[int]:
     with log.open("w") as output:
         process = subprocess.Popen([program, "run", "--config", file], env=environment, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:  # until it listens and has made its certificate
             try:
                 login_status(port, None)
