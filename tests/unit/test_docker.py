@@ -74,7 +74,8 @@ def test_ray_and_the_database_have_no_way_to_the_outside() -> None:
     assert {name for name, service in SERVICES.items() if open_networks & {*service["networks"]}} == {"proxy", "fetch"}
     assert all(service["networks"] for service in SERVICES.values()), "no network means compose's default one"
     assert not {*SERVICES["proxy"]["networks"]} & {*SERVICES["postgres"]["networks"]}
-    for name in ("ray-head", "ray-worker", "ray-gpu-worker", "postgres"):
+    assert SERVICES["fetch"]["networks"] == ["edge"], "what comes from outside stays apart from what is inside"
+    for name in ("ray-head", "ray-worker", "ray-gpu-worker", "postgres", "launcher"):
         assert SERVICES[name]["networks"] == ["back"], name
 
 
