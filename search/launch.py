@@ -234,7 +234,8 @@ def _node_check(study: Study, settings: Settings, kept_at: Checkpoints | None) -
 
     if settings.ray_address is None:
         return None
-    folders = [settings.create(settings.cache)] if study.spec.method.needs_teacher else []
+    keeps_cache_here = study.spec.method.needs_teacher and study.spec.cache.url is None
+    folders = [settings.create(settings.cache)] if keeps_cache_here else []
     if kept_at is not None and "://" not in kept_at.root:
         folders.append(Path(kept_at.root))
     check = NodeCheck(study.spec.resources, folders)
