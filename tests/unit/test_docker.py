@@ -280,7 +280,7 @@ def test_the_image_pins_what_the_tests_ran_with_and_the_rest_of_ray_default() ->
 
     tested, further = pins(ROOT / "constraints.txt"), pins(DOCKER / "constraints.txt")
     assert not tested.keys() & further.keys()
-    assert {"aiohttp", "grpcio"} <= further.keys()
+    assert {"aiohttp", "grpcio", "aiohttp-cors"} <= tested.keys() | further.keys()
     (job,) = manifests("RayJob")
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == tested["ray"]
 

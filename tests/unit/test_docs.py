@@ -79,7 +79,7 @@ def commands_of(page: str, text: str) -> Iterator[Command]:
     for language, block in BLOCK.findall(text):
         if language in SHELLS:
             for line in (raw.strip().removeprefix("$ ") for raw in block.replace("\\\n", " ").splitlines()):
-                if language == "bash" or line.startswith(OURS + OTHERS):
+                if language == "bash" or f"{line} ".startswith(tuple(f"{program} " for program in OURS + OTHERS)):
                     yield from _with_nested(page, line, is_whole=True)
                 else:  # what a program printed, or a drawing
                     yield from _nested(page, line)
