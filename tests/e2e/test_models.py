@@ -326,28 +326,29 @@ def test_a_reference_of_other_features_is_refused_before_anything_starts(newcome
 def test_a_study_on_real_cifar10_images_reports_its_own_metric(user, tmp_path) -> None:
     """Features, reference, teacher and study, each by its command, at a size for two cores."""
     images, labels = cifar10.read("train-1")
-    np.savez(tmp_path / "cifar10.npz", images=images[:2000], labels=labels[:2000])
+    np.savez(tmp_path / "cifar10.npz", images=images[:500], labels=labels[:500])
     classifier = cifar10.folder() / "cifar10-resnet56.safetensors"
     data = ("--dataset", str(tmp_path / "cifar10.npz"), "--name", "cifar10-small", "--format", "json")
     features = user.weights("import-features", str(classifier), "--name", "resnet56", "--format", "json")
     assert features.returncode == 0, features.stderr
     reference = user.weights("reference", "--features", "resnet56", *data)
-    assert json.loads(reference.stdout)["n_samples"] == 2000, reference.stderr
-    teacher = user.weights("train-teacher", "--channels", "4", "--kimg", "1", "--batch", "50", "--flip", *data)
+    assert json.loads(reference.stdout)["n_samples"] == 500, reference.stderr
+    teacher = user.weights("train-teacher", "--channels", "4", "--kimg", "0.3", "--batch", "50", "--flip", *data)
     assert teacher.returncode == 0, teacher.stderr
-    assert json.loads(teacher.stdout)["dataset"]["images"] == 2000
+    assert json.loads(teacher.stdout)["dataset"]["images"] == 500
     assert (user.home / "models" / "cifar10-small" / "teacher.png").exists()
     launched = user.launch(
-        "cifar10-small", "--no-dashboard", "--trials", "2", "--format", "json",
+        "cifar10-small", "--no-dashboard", "--trials", "1", "--format", "json",
         "--set", "method.budget_kimg=1", "--set", "budget.every_kimg=1", "--set", "method.batch=50",
-        "--set", "method.num_branches=2", "--set", "method.nfe=1", "--set", "evaluation.n_samples=200",
+        "--set", "method.num_branches=2", "--set", "method.nfe=1", "--set", "evaluation.n_samples=100",
+        "--set", "evaluation.batch=100",
         "--set", "seeds.control_repeats=1", "--set", "pruner.kind=none",
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     shown = json.loads(launched.stdout)
     assert shown["metric"] == "fd-resnet56"
     values = [trial["value"] for trial in shown["trials"] if trial["state"] == "COMPLETE"]
-    assert len(values) == 5
+    assert len(values) == 4
     assert all(0 < value < 1000 for value in values)
     exported = yaml.safe_load(user.weights("export", "--study", "cifar10-small").stdout)
     assert (exported["dataset"], exported["score"]["metric"]) == ("cifar10", "fd-resnet56")
