@@ -231,6 +231,7 @@ def engine() -> Iterator[Engine]:
     made.end()
 
 
+@pytest.mark.long
 def test_the_services_run_a_study_that_is_interrupted_and_goes_on(engine: Engine) -> None:
     postgres = engine.postgresql()
     postgres.wait_for(lambda: engine.healthy("postgres", postgres))

@@ -64,6 +64,7 @@ def test_the_quickstart_study_runs_and_its_export_command_works_as_printed(newco
     assert len(list((newcomer.home / "cache").iterdir())) == 2, "all trials share targets and endpoints"
 
 
+@pytest.mark.long
 def test_a_study_whose_cost_was_measured_beforehand_tells_how_far_that_was_off(user) -> None:
     command = ("--study", "previewed", "--trials", "1", *TINY_DIGITS)
     planned = user.launch(*command, "--dry-run", "--calibrate", "--price", "2", "--format", "json")

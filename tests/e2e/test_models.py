@@ -321,7 +321,7 @@ def test_a_reference_of_other_features_is_refused_before_anything_starts(newcome
 # --- real images ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(cifar10.folder() is None, reason=cifar10.MISSING)
 def test_a_study_on_real_cifar10_images_reports_its_own_metric(user, tmp_path) -> None:
     """Features, reference, teacher and study, each by its command, at a size for two cores."""

@@ -38,6 +38,7 @@ def test_the_wheel_holds_two_packages_their_types_the_studies_and_the_shipped_mo
     assert not [name for name in names if name.endswith(".pyc") or "test" in name.lower()]
 
 
+@pytest.mark.long
 def test_the_quickstart_runs_from_the_wheel_alone(wheel: Path, newcomer: User, tmp_path: Path) -> None:
     place = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(place)]
