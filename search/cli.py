@@ -115,6 +115,8 @@ def launch(
             models=settings.models,
             tolerate_missing=dry_run,
         )
+    if name and not file and stored is None and not dry_run:
+        say(f"note: there is no study {name!r} yet; it begins as the quickstart does, from digits.yaml")
     for note in quality.notes(study):
         say(f"note: {note}")
     if dry_run:

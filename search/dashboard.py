@@ -80,7 +80,10 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], object] = lamb
     try:
         server = make_server(host, port, application, server_class=_Server, handler_class=_Quiet)
     except OSError as error:
-        raise StorageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        raise StorageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; a launch "
+            "brings a dashboard of its own there; look at it, or choose another --port"
+        ) from error
     say(f"http://{host}:{server.server_port}/")
     server.serve_forever()
 

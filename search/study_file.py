@@ -53,9 +53,10 @@ def load_study(
 
 
 def _shipped(path: Path) -> Path:
-    """A shipped study by its bare name, with or without the ending; else the path as it is."""
+    """A shipped study by its name, with or without the ending, or as it is called in a checkout; else the path."""
     shipped = studies_folder() / path.with_suffix(".yaml").name
-    return shipped if path.parent == Path() and path.suffix in ("", ".yaml") and shipped.exists() else path
+    is_name = path.parent in (Path(), Path("studies")) and path.suffix in ("", ".yaml")
+    return shipped if is_name and shipped.exists() else path
 
 
 def _read(path: Path) -> dict[str, Any]:
