@@ -122,6 +122,7 @@ def test_a_damaged_teacher_is_found_before_anything_starts(newcomer, tmp_path: P
         assert not (newcomer.home / "postgres").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_teacher_cache_is_named_and_heals_when_the_file_is_deleted(newcomer) -> None:
     arguments = (
         "--study", "cached", "--trials", "0", "--no-dashboard", "--set", "method.budget_kimg=1",

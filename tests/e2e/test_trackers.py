@@ -8,6 +8,7 @@ from tests.e2e.conftest import User
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.long
 def test_a_tracked_launch_leaves_one_run_for_each_trial_and_a_second_launch_adds_only_its_own(user: User) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
