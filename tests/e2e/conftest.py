@@ -55,15 +55,14 @@ class User:
     environment: dict[str, str]
 
     def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            env=self.environment | more,
-            cwd=self.home.parent,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                command, env=self.environment | more, cwd=self.home.parent,
+                capture_output=True, text=True, timeout=200, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            said = b"".join(stream for stream in (error.stdout, error.stderr) if isinstance(stream, bytes))
+            raise AssertionError(f"{error}; it said:\n{said.decode()}") from error
 
     def launch(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return self.run(*LAUNCH, *arguments, **more)

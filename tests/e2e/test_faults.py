@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -160,16 +161,39 @@ def little_memory(mebibytes: int) -> Iterator[Path | None]:
     try:
         yield group
     finally:
+        while members := (group / "cgroup.procs").read_text().split():
+            for member in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(member), signal.SIGKILL)
+            time.sleep(0.05)
         group.rmdir()
+
+
+@contextlib.contextmanager
+def greedy_neighbour(group: Path) -> Iterator[None]:
+    """A process in the group that wants more than there is.
+
+    Alone, the worker could live for minutes in little memory, reading its libraries' pages over and over.
+    """
+    wants = "import sys; sys.stdin.read(1); b'1' * (1 << 30)"
+    with subprocess.Popen((sys.executable, "-c", wants), stdin=subprocess.PIPE) as process:
+        try:
+            (group / "cgroup.procs").write_text(str(process.pid))
+            process.communicate(b"1", timeout=60)
+            yield
+        finally:
+            process.kill()
 
 
 def run_out_of_memory(worker: psutil.Process) -> None:
     """Let the kernel kill the worker for its memory, or do as the kernel would."""
-    with little_memory(32) as group:
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(little_memory(32))
         if group is None:
             worker.kill()
         else:
             (group / "cgroup.procs").write_text(str(worker.pid))
+            stack.enter_context(greedy_neighbour(group))
         deadline = time.monotonic() + 60
         while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, "the kernel let it live"
@@ -182,6 +206,7 @@ def truncate_state(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_distillation_keeps_its_value_through_full_memory_a_truncated_state_and_an_interrupt(user) -> None:
     keys = ("method.budget_kimg=2", "evaluation.n_samples=200", "seeds.control_repeats=1", "resources.max_parallel=1",
             "checkpoints.every_s=0", "budget.trials=0")  # fmt: skip
