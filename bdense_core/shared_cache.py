@@ -16,6 +16,15 @@ from bdense_core.integrity import check_shard
 log = logging.getLogger(__name__)
 
 
+def open_place(url: str) -> tuple[Any, str]:
+    """fsspec's file system, which asks the storage itself and not its memory of it, and the path there."""
+    from fsspec.core import url_to_fs
+
+    files, path = url_to_fs(url)
+    files.invalidate_cache()  # others write there at the same time
+    return files, path.rstrip("/")
+
+
 class SharedShards:
     """The copy of one cache's folder.
 
@@ -35,7 +44,7 @@ class SharedShards:
         A shard that two machines computed may have two forms: everyone takes the same one, the first by name.
         """
         with self._trouble("read", "shards are computed here"):
-            files, root = self._open()
+            files, root = open_place(self._url)
             found = sorted(files.glob(f"{root}/shard-{shard:05d}-*.safetensors"))
             if not found:
                 return False
@@ -50,16 +59,9 @@ class SharedShards:
     def offer(self, path: Path) -> None:
         """Copy a shard of the cache's folder to the URL, under its own name."""
         with self._trouble("written", "shards stay here"):
-            files, root = self._open()
+            files, root = open_place(self._url)
             files.makedirs(root, exist_ok=True)
             files.put_file(str(path), f"{root}/{path.name}")
-
-    def _open(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
-        files, root = url_to_fs(self._url)
-        files.invalidate_cache()  # others write there at the same time
-        return files, root.rstrip("/")
 
     @contextmanager
     def _trouble(self, purpose: str, instead: str) -> Iterator[None]:

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from bdense_core.errors import BadValue, CheckpointError
-from search.places import check_writable, open_place, told
+from bdense_core.shared_cache import open_place
+from search.places import check_writable, told
 from search.settings import mask
 
 FETCH_WITHIN_S = 120.0

@@ -50,6 +50,7 @@ class Database:
 
     Args:
         url: `postgresql+psycopg2://...`; what it leaves out comes from libpq's environment and password file.
+        called: how people know it; None: by its URL, without the password.
         patience_s: how long the operations that are `outlasting` wait for a database that does not answer.
         hurry: ends that wait.
         revive: tried before each new attempt, to bring the database back; it may fail with a `BDenseError`.
@@ -63,12 +64,14 @@ class Database:
         self,
         url: str,
         *,
+        called: str | None = None,
         patience_s: float = 0.0,
         hurry: threading.Event | None = None,
         revive: Callable[[], object] | None = None,
         on_outage: Callable[[float | None], object] | None = None,
     ) -> None:
-        self._url = url
+        self.address = called or f"the database {mask(url)}"
+        """For people: without the password."""
         self.patience_s = patience_s
         self.hurry = hurry or threading.Event()
         self.revive = revive
@@ -86,18 +89,13 @@ class Database:
                     },
                 )  # fmt: skip
         except (SQLAlchemyError, RuntimeError, AssertionError, UnicodeError) as error:
-            raise StorageError(f"the database {self.address} cannot be used: {first_line(error)}") from error
+            raise StorageError(f"{self.address} cannot be used: {first_line(error)}") from error
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a database handle holds the password and is never pickled")
 
     def __repr__(self) -> str:
         return f"Database({self.address!r})"
-
-    @property
-    def address(self) -> str:
-        """For people: without the password."""
-        return mask(self._url)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -151,7 +149,7 @@ class Database:
             if is_outage(error):
                 self.storage.remove_session()
                 raise StorageError(
-                    f"the database {self.address} does not answer: {first_line(error)}; what has ended is kept. "
+                    f"{self.address} does not answer: {first_line(error)}; what has ended is kept. "
                     "Run the same command again once it is back"
                 ) from error
             self._end_outage(attempt.retry_state)

@@ -73,7 +73,11 @@ def found_studies(settings: Settings) -> Studies:
     Raises:
         StorageError: there is none yet, or it cannot be used.
     """
-    return Studies(Database(found_storage_url(settings)))
+    return Studies(Database(found_storage_url(settings), called=_called(settings)))
+
+
+def _called(settings: Settings) -> str | None:
+    return None if settings.storage else f"the embedded PostgreSQL of {settings.home}"
 
 
 def stored_study(name: str, settings: Settings) -> Study | None:
@@ -130,10 +134,10 @@ def launch(
 
 def _open(study: Study, url: str, settings: Settings) -> StudyStore:
     """The study in the database, with whatever an earlier launch lost back in its queue."""
-    database = Database(url, patience_s=study.spec.lease.outage_s, revive=_revive(settings))
+    patience_s = study.spec.lease.outage_s
+    database = Database(url, called=_called(settings), patience_s=patience_s, revive=_revive(settings))
     store = Studies(database).create_or_resume(study)
-    place = database.address if settings.storage else f"the embedded PostgreSQL of {settings.home}"
-    say(f"study {study.name} in {place}")
+    say(f"study {study.name} in {database.address}")
     for key, value in store.kept.items():
         say(f"{key} stays {json.dumps(value)}, as it was set; `bdense-weights set` changes it")
     for key, value in store.changed.items():
@@ -251,6 +255,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with ray_environment.without_password():
             stack.enter_context(placement.cluster(address))
+        stack.enter_context(contextlib.redirect_stdout(logs.Printed()))  # Ray tells of nodes that died, in print
         yield
 
 

@@ -3,6 +3,7 @@
 A record with an `event` is the service's own; everything else is some module's warning.
 """
 
+import io
 import logging
 import socket
 import sys
@@ -10,7 +11,7 @@ import threading
 import traceback
 from types import TracebackType
 
-__all__ = ["FORMATS", "NODE", "SAID", "as_json", "configure", "gather", "say"]
+__all__ = ["FORMATS", "NODE", "SAID", "Printed", "as_json", "configure", "gather", "say"]
 
 FORMATS = ("text", "json")
 NODE = socket.gethostname()
@@ -77,6 +78,18 @@ def say(text: str, *, level: int = logging.INFO) -> None:
     """Say something to the person, as it stands; results alone go to standard output."""
     if text or not as_json():  # an empty line is there for people only
         _log.log(level, "%s", text, extra={"event": SAID})
+
+
+class Printed(io.TextIOBase):
+    """Stands in for standard output while libraries print to it: each line becomes a warning."""
+
+    def write(self, text: str) -> int:
+        from rich.text import Text
+
+        for line in Text.from_ansi(text).plain.splitlines():
+            if line.strip():
+                _log.warning("%s", line.strip(), extra={"event": "printed"})
+        return len(text)
 
 
 class _Text(logging.Formatter):

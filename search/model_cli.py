@@ -90,11 +90,20 @@ def fetch_dataset(name: str, source: Path | None, form: str) -> None:
 @name_option
 @format_option("yaml", "json")
 def import_features(file: Path, name: str | None, form: str) -> None:
-    """Take a CIFAR ResNet's weights as a feature network: its distance is fd-NAME, never FID."""
+    """Take a CIFAR ResNet's weights as a feature network: its distance is fd-NAME, never FID.
+
+    \b
+    It reads images of 3x32x32. The file's keys are
+    conv1.weight, bn1.*, layer1.0.conv1.weight, ..., layer3.N.bn2.*, linear.*
+    """
+    from bdense_core.feature_networks import CifarResNet
     from bdense_core.features import import_features as import_file
 
     made = import_file(file, _target(name or file.stem, "features.safetensors"), name=name or file.stem)
-    print_values({"features": name or file.stem, "path": made.path, "sha256": made.sha256}, form)
+    images = list(CifarResNet.image_shape)
+    print_values(
+        {"features": name or file.stem, "reads_images": images, "path": made.path, "sha256": made.sha256}, form
+    )
 
 
 @click.command()

@@ -23,7 +23,10 @@ _FILES: dict[Role, tuple[str, ...]] = {
 _MADE_BY: dict[Role, str] = {
     "teacher": "bdense-weights train-teacher --dataset DATA --name {name} (or import-teacher FILE --name {name})",
     "features": "bdense-weights import-features FILE.safetensors --name {name}",
-    "reference": "bdense-weights reference --dataset DATA --features FEATURES --name {name}",
+    "reference": (
+        "bdense-weights reference --dataset DATA --features FEATURES --name {name}; or name one that is there "
+        "(evaluation.reference in a study file, --reference elsewhere)"
+    ),
 }
 _CALLED: dict[Role, str] = {"teacher": "teacher", "features": "feature network", "reference": "reference"}
 

@@ -91,27 +91,28 @@ class Status:
     finished_per_hour: float | None
     """Trials that ended in the last hour, or since the first one began; None before the first one ended."""
     left_s: float | None
-    """None where it is not known."""
+    """None where it is not known, as of a study that is paused."""
 
 
 def status(store: StudyStore) -> Status:
     """How a study stands now."""
     leases = {lease.number: lease for lease in store.trials.leases()}
-    rows = store.rows()
+    rows, paused = store.rows(), store.follow().paused
     grace_s = store.study.spec.lease.grace_s
+    at_work = launchers(list(leases.values()), grace_s)
     held = [(row, leases[row.number]) for row in rows if row.state == "RUNNING" and row.number in leases]
     return Status(
         study=store.name,
         metric=store.study.metric,
         is_comparison=store.study.spec.comparison is not None,
-        paused=store.follow().paused,
+        paused=paused,
         trials=store.study.spec.budget.trials,
         controls=len(store.study.fixed_runs()),
         counts=count(rows),
         running=tuple(_running(row, lease, grace_s) for row, lease in held),
-        launchers=launchers(list(leases.values()), grace_s),
+        launchers=at_work,
         finished_per_hour=finished_per_hour(rows, datetime.now()),
-        left_s=time_left(store.study, rows) if launchers(list(leases.values()), grace_s) else None,
+        left_s=time_left(store.study, rows) if at_work and not paused else None,
     )
 
 
@@ -199,7 +200,8 @@ def summary(found: Status) -> str:
     """The status in words, less its running trials."""
     counts = found.counts
     per_hour = "not known yet" if found.finished_per_hour is None else f"{found.finished_per_hour:.1f}"
-    left = "not known yet" if found.left_s is None else f"about {clock(found.left_s)}" if found.left_s else "none"
+    unknown = "not while it is paused" if found.paused else "not known yet"
+    left = unknown if found.left_s is None else f"about {clock(found.left_s)}" if found.left_s else "none"
     return "\n".join(
         [
             f"{found.study}: {found.metric}{', PAUSED' if found.paused else ''}",

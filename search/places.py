@@ -3,10 +3,10 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from bdense_core.errors import BadValue, CheckpointError
+from bdense_core.shared_cache import open_place
 from search.settings import mask
 
 _KEPT = {"checkpoints.url": "the checkpoints", "cache.url": "the shared teacher cache"}
@@ -26,15 +26,6 @@ def check_writable(url: str, key: str = "checkpoints.url") -> None:
         probe = f"{path}/.writable-{secrets.token_hex(8)}"  # another launcher may be trying the same
         files.pipe_file(probe, b"")
         files.rm_file(probe)
-
-
-def open_place(url: str) -> tuple[Any, str]:
-    """fsspec's file system, which asks the storage itself and not its memory of it, and the path there."""
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(url)
-    files.invalidate_cache()
-    return files, path.rstrip("/")
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def test_a_running_study_is_watched_paused_edited_resumed_stopped_and_deleted(ne
     assert found["paused"] and found["counts"]["counted"] < 6
     assert started <= {record["number"] for record in records if record["state"] == "COMPLETE"}, "they ran to their end"
     assert "budget.trials: 6 -> 40, at once" in desk.does("set", "budget.trials=40")
+    assert "time left: not while it is paused" in desk.does("status")
     assert "waits, as the study is paused" in desk.does("enqueue", "--a", "1.25", "--b", "-2")
     assert json.loads(desk.does("trials", "--format", "json"))[: len(records)] == records, "nothing starts meanwhile"
 

@@ -1,5 +1,6 @@
 """What goes to standard error: lines for people, or JSON for programs, never a mix."""
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -82,3 +83,15 @@ def test_python_warnings_and_unexpected_errors_are_json_lines_too(raise_it: str)
     assert "old" in str(warned["message"]) and warned["level"] == "WARNING"
     assert crashed["level"] == "CRITICAL" and crashed["message"] == "unexpected ZeroDivisionError: division by zero"
     assert "Traceback" in str(crashed["exc_info"])
+
+
+def test_what_ray_prints_of_a_dead_node_is_a_warning_and_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray._private.worker import print_to_stdstream
+
+    logs.configure("json")
+    with contextlib.redirect_stdout(logs.Printed()):
+        print_to_stdstream({"lines": ["Raylet is terminated."], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    shown = capsys.readouterr()
+    (line,) = json_lines(shown.err)
+    assert (line["level"], line["event"], line["message"]) == ("WARNING", "printed", "(raylet) Raylet is terminated.")
+    assert shown.out == ""
