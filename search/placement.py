@@ -16,7 +16,8 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its types leave it out
+from ray.exceptions import AuthenticationError, RayError
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
@@ -84,6 +85,8 @@ def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it repeats at the end which trials failed
+    if address is not None:
+        _check_token(address)
     try:
         if address is None:
             ray.init(address="local", include_dashboard=False, num_cpus=num_cpus or os.cpu_count(), **quiet)
@@ -95,6 +98,23 @@ def cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[Non
         yield
     finally:
         ray.shutdown()
+
+
+def _check_token(address: str) -> None:
+    """Whether a cluster lets us in: `ray.init` asks it again and again, for minutes, without a word.
+
+    Raises:
+        ClusterError: it does not.
+    """
+    try:
+        GcsClient(address=address)
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"the Ray cluster at {address} does not take this token, or wants one; set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN (or ~/.ray/auth_token) as on its machines"
+        ) from error
+    except (RayError, OSError, RuntimeError, ValueError):
+        return  # `ray.init` says what else is wrong
 
 
 def _why_not(address: str | None, error: Exception) -> str:

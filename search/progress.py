@@ -313,13 +313,15 @@ class Board:
     def _table(self) -> Table:
         several = len({line.node for line in self._lines.values() if line.node}) > 1
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for column in ("trial", "role", *(["node"] if several else []), "phase", "kimg", self._metric, ""):
-            table.add_column(column, no_wrap=True)
+        words = ("role", *(["node"] if several else []), "phase")  # these are cut where the terminal is narrow
+        for column in ("trial", *words, "kimg", self._metric, ""):
+            table.add_column(column, no_wrap=column not in words)
         for number, line in sorted(self._lines.items()):
             value = "" if line.value is None else f"{line.value:.4g}"
-            bar = ProgressBar(total=1.0, completed=line.done, width=16)
-            node = [line.node or ""] if several else []
-            table.add_row(str(number), line.claim.role, *node, line.phase, f"{line.kimg:.1f}", value, bar)
+            bar = ProgressBar(total=1.0, completed=line.done, width=12)
+            said = (line.claim.role, *([line.node or ""] if several else []), line.phase)
+            cut = (Text(text, no_wrap=True, overflow="ellipsis") for text in said)
+            table.add_row(str(number), *cut, f"{line.kimg:.1f}", value, bar)
         return table
 
 

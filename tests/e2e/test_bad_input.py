@@ -106,6 +106,13 @@ def test_an_unreachable_ray_cluster_ends_the_launch_before_anything_is_made(newc
     assert not newcomer.home.exists()
 
 
+def test_a_ray_cluster_that_wants_another_token_says_so_at_once(newcomer, ray_environment) -> None:
+    address = ("--ray-address", ray_environment["RAY_ADDRESS"])
+    for access in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, {}):
+        done = newcomer.launch(str(SYNTHETIC), *QUICK, *address, **access)
+        complains(done, 1, "does not take this token", "RAY_AUTH_TOKEN")
+
+
 def test_a_trial_that_asks_for_more_than_the_cluster_has_is_refused(user) -> None:
     done = user.launch(str(SYNTHETIC), "--study", "greedy", *QUICK, "--set", "resources.cpus=4096")
     complains(done, 1, "4096 CPU", "lower resources.cpus")

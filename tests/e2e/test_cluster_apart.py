@@ -15,7 +15,7 @@ from tests.object_store import ObjectStore, serving
 from tests.ray_cluster import Cluster
 from tests.tcp_postgres import Postgres, listening
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
 SHORT = (
     "--set", "method.budget_kimg=2", "--set", "evaluation.n_samples=200", "--set", "evaluation.batch=100",

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import tempfile
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -70,30 +69,3 @@ def test_the_dashboard_of_a_running_study_shows_its_metric_attributes_and_figure
     assert run.wait() == 130
     with pytest.raises(OSError):
         get(address + "api/studies")
-
-
-def test_the_password_of_the_database_is_written_nowhere(newcomer) -> None:
-    import psutil
-
-    studies = str(studies_folder() / "synthetic.yaml")
-    quick = ("--no-dashboard", "--set", "seeds.control_repeats=1", "--set", "method.seconds=0")
-    assert newcomer.launch(studies, "--trials", "0", *quick).returncode == 0
-    socket = newcomer.weights("server").stdout.split("data: ")[1].splitlines()[0]
-    secret = "hunter2hunter2"  # the embedded server asks for none, but a real one would
-    run = newcomer.start_launch(
-        studies, "--study", "silent", "--trials", "4", "--dashboard-port", "0", "--set", "method.seconds=2",
-        "--storage", f"postgresql://postgres:{secret}@/bdense?host={socket}",
-    )  # fmt: skip
-    run.wait_for(lambda lines: any(" kimg " in line for line in lines))
-    commands = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    assert any("search.dashboard" in command for command in commands)
-    assert not any(secret in command for command in commands)
-    written = [path for path in (newcomer.home / "ray").rglob("*") if path.is_file()]
-    assert any(path.name == "tuner.pkl" for path in written)
-    sessions = [path for path in Path("/tmp/ray/session_latest/logs").rglob("*") if path.is_file()]
-    assert not [path for path in written + sessions if secret.encode() in path.read_bytes()]
-    run.interrupt()
-    assert run.wait() == 130
-    assert not any(secret in line for line in run.lines)
-    stored = json.dumps(newcomer.show("silent")) + newcomer.weights("export", "--study", "silent").stdout
-    assert secret not in stored

@@ -209,7 +209,17 @@ def truncate_state(folder: Path) -> None:
         os.truncate(snapshot, snapshot.stat().st_size // 2)
 
 
-@pytest.mark.slow
+def test_a_worker_that_the_kernel_kills_for_its_memory_costs_one_retry(user) -> None:
+    launch = start(user, "out-of-memory")
+    run_out_of_memory(scene(user, launch).once(scene(user, launch).workers)[0])
+    assert launch.wait() == 0, launch.lines
+    rows = read_trials(user.home, "out-of-memory")
+    assert complete(rows) == GRID.truth()
+    (failed,) = [row for row in rows if row.state == "FAIL"]
+    assert "its worker was lost" in failed.about["reason"]
+
+
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_distillation_keeps_its_value_through_full_memory_a_truncated_state_and_an_interrupt(user) -> None:
     keys = ("method.budget_kimg=2", "evaluation.n_samples=100", "seeds.control_repeats=1", "resources.max_parallel=1",

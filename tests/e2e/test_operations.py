@@ -235,3 +235,20 @@ def test_looking_at_a_study_loads_neither_torch_nor_ray(desk: Desk) -> None:
     command = [sys.executable, "-c", code, "--study", desk.study, "--storage", str(desk.url)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_embedded_server_is_made_asked_and_stopped_by_commands(newcomer) -> None:
+    def does(action: str) -> str:
+        done = newcomer.weights("server", action)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert "running: False" in does("status") and not newcomer.home.exists()
+    assert "running" in does("start")
+    assert f"running: True\ndata: {newcomer.home}" in does("status")
+    psql = newcomer.run(
+        f"{does('bin').strip()}/psql", does("url").strip(), "--tuples-only", "--command", "SELECT 6 * 7"
+    )
+    assert psql.stdout.split() == ["42"], psql.stderr
+    assert "stopped" in does("stop") and "it was not running" in does("stop")
+    assert (newcomer.home / "postgres" / "data").is_dir(), "its data stay"

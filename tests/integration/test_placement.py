@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 RUNS = Path(__file__).with_name("placement_runs.py")
 
 
@@ -71,5 +73,6 @@ def test_short_trials_share_the_processes_that_there_are(tmp_path: Path) -> None
     assert answer["alive"] <= 20 + 3 * 8, "nothing else keeps the others"
 
 
+@pytest.mark.long
 def test_a_process_starts_one_local_ray_after_the_other(tmp_path: Path) -> None:
     assert run("one_after_the_other", tmp_path)["numbers"] == [0, 0]

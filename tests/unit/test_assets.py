@@ -64,7 +64,7 @@ def test_the_classifier_reads_the_digits(folder):
     assert (guesses == labels).float().mean() > 0.98
 
 
-@of_each_folder
+@pytest.mark.parametrize("folder", ["digits", pytest.param("digits16", marks=pytest.mark.long)])
 def test_the_teacher_and_the_untrained_student_score_what_their_card_says(folder):
     """All 2000 samples of the card; 1 % is far above what rounding on another CPU moves."""
     figures = assets.card(folder)["figures"]

@@ -1,6 +1,7 @@
 """docker/: what the image, the services and the cluster files promise, read from the files; their commands, run."""
 
 import http.server
+import itertools
 import json
 import os
 import re
@@ -553,15 +554,15 @@ def test_caddy_lets_in_who_knows_the_password_and_nobody_else(caddy: int) -> Non
 
 
 def manifests(kind: str) -> list[dict]:
-    documents = yaml.safe_load_all((CLUSTER / "rayjob.yaml").read_text())
-    return [document for document in documents if document["kind"] == kind]
+    documents = [yaml.safe_load_all((CLUSTER / name).read_text()) for name in ("home.yaml", "rayjob.yaml")]
+    return [document for document in itertools.chain(*documents) if document["kind"] == kind]
 
 
 def pods() -> dict[str, dict]:
-    (job,) = manifests("RayJob")
+    (job,), (fetch,) = manifests("RayJob"), manifests("Job")
     cluster = job["spec"]["rayClusterSpec"]
     groups = {"head": cluster["headGroupSpec"]} | {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
-    return {name: group["template"]["spec"] for name, group in groups.items()}
+    return {name: group["template"]["spec"] for name, group in (groups | {"fetch": fetch["spec"]}).items()}
 
 
 def test_the_ray_job_is_of_kuberays_v1_and_starts_a_launcher_on_a_head_without_places() -> None:
@@ -576,6 +577,15 @@ def test_the_ray_job_is_of_kuberays_v1_and_starts_a_launcher_on_a_head_without_p
     for group in (head, *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]):
         check_ray(["start", *(f"--{option}={value}" for option, value in group["rayStartParams"].items())])
     assert job["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
+
+
+def test_what_the_job_fetches_is_the_teacher_of_the_ray_jobs_study() -> None:
+    (container,) = pods()["fetch"]["containers"]
+    fetched = check(container["args"]).params
+    (job,) = manifests("RayJob")
+    study = ROOT / "studies" / check(shlex.split(job["spec"]["entrypoint"])).params["file"].name
+    assert yaml.safe_load(study.read_text())["teacher"] == fetched["name"]
+    assert container["image"] == pods()["gpu"]["containers"][0]["image"]
 
 
 def test_on_kubernetes_the_database_is_known_by_a_secret_and_to_the_head_alone() -> None:

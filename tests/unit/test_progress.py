@@ -53,8 +53,8 @@ def seconds_left(text: str) -> int:
     return 60 * int(found[1] or 0) + int(found[2])
 
 
-def shown(watched: Board) -> str:
-    console = Console(file=io.StringIO(), width=150)
+def shown(watched: Board, width: int = 150) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(watched._render())
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
@@ -202,6 +202,15 @@ def test_the_display_shows_nodes_only_where_there_are_several_and_the_seed_of_a_
     watched.progressed(claim(2), progress(1, 0.2, node="gpu-2", pid=2, phase="seed 5"))
     text = shown(watched)
     assert "node" in text and "gpu-1" in text and "gpu-2" in text and "seed 5" in text
+
+
+def test_on_a_narrow_terminal_names_are_cut_and_numbers_are_whole() -> None:
+    watched = board()
+    control = claim(123, "control:conditional_only")
+    watched.started(control)
+    watched.progressed(control, progress(1234.5, 0.2, node="node-1.cluster", pid=1, phase="a phase of many words"))
+    (line,) = (line for line in shown(watched, width=50).splitlines() if line.startswith("123"))
+    assert " 1234.5 " in line and line.count("…") == 2
 
 
 def test_a_pause_and_an_outage_are_told_once_and_stay_in_sight(capsys: pytest.CaptureFixture[str]) -> None:
