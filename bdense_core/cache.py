@@ -169,12 +169,12 @@ class TrajectoryCache:
 
     def _get(self, shard: int) -> Iterator[None]:
         """Take a shard from where other machines offer theirs, else compute it and offer it."""
+        for left in self.folder.glob(f".shard-{shard:05d}-*.tmp"):  # by a worker that was killed: we hold the lock
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if self._shared is None:
             yield from self._make(shard)
-        elif self._shared.fetch(shard, self.folder):
-            yield
-        else:
-            self._shared.offer((yield from self._make(shard)))
+        elif not (yield from self._shared.fetch(shard, self.folder)):
+            yield from self._shared.offer((yield from self._make(shard)))
 
     def _make(self, shard: int) -> Generator[None, None, Path]:
         """Compute a shard and write it, with a sign of life after each piece."""
@@ -191,8 +191,6 @@ class TrajectoryCache:
         description = self.folder / "cache.json"
         if not description.exists():
             write_text_atomically(description, canonical_json(self.identity) + "\n")
-        for left in self.folder.glob(f".shard-{shard:05d}-*.tmp"):
-            left.unlink()  # by a worker that was killed: whoever writes this shard holds its lock
         content = save({TENSOR: targets.contiguous()})
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / f"shard-{shard:05d}-{digest}.safetensors"

@@ -1,17 +1,32 @@
 """Shards of a teacher cache behind a URL, for machines that share no folder: what one has computed, no other computes.
 
-The copy is a help and nothing more: where it cannot be read or written, a log line says so once, shards are computed as
-without it, and no run ends.
+The copy is a help and nothing more: where it cannot be read or written, or does not answer, a log line says so once,
+shards are computed as without it, and no run ends.
 """
 
 import logging
+import math
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
+from bdense_core.errors import CacheError
 from bdense_core.integrity import check_shard
+
+T = TypeVar("T")
+
+_ANSWER_WITHIN_S = 60.0
+"""How long the store may take for one shard."""
+_LEFT_ALONE_S = 300.0
+"""How long a store that has failed is not asked again: each of hundreds of shards would wait for it."""
+_LOOK_EVERY_S = 0.1
+_LOGIN = re.compile(r"//[^/@]*@")
 
 log = logging.getLogger(__name__)
 
@@ -37,39 +52,75 @@ class SharedShards:
     def __init__(self, url: str, name: str) -> None:
         self._url = f"{url.rstrip('/')}/{name}"
         self._told = False
+        self._left_alone_until = -math.inf
 
-    def fetch(self, shard: int, folder: Path) -> bool:
+    def fetch(self, shard: int, folder: Path) -> Generator[None, None, bool]:
         """Bring a shard into the cache's folder, whole or not at all; says whether it is there now.
 
-        A shard that two machines computed may have two forms: everyone takes the same one, the first by name.
+        A shard that two machines computed may have two forms: everyone takes the same one, the first by name. Yields
+        while it waits.
         """
-        with self._trouble("read", "shards are computed here"):
-            files, root = open_place(self._url)
-            found = sorted(files.glob(f"{root}/shard-{shard:05d}-*.safetensors"))
-            if not found:
-                return False
-            with tempfile.TemporaryDirectory(prefix=".fetched-", dir=folder) as scratch:
-                fetched = Path(scratch) / PurePosixPath(found[0]).name
-                files.get_file(found[0], str(fetched))
+        scratch: Path | None = None
+        try:
+            scratch = Path(tempfile.mkdtemp(prefix=f".shard-{shard:05d}-", suffix=".tmp", dir=folder))
+            fetched = yield from self._ask(lambda: self._download(shard, scratch), "read", "shards are computed here")
+            if fetched is not None:
                 check_shard(fetched)
                 fetched.rename(folder / fetched.name)
-            return True
-        return False
+        except (CacheError, OSError) as error:
+            self._tell("read", error, "shards are computed here")
+            return False
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return fetched is not None
 
-    def offer(self, path: Path) -> None:
-        """Copy a shard of the cache's folder to the URL, under its own name."""
-        with self._trouble("written", "shards stay here"):
-            files, root = open_place(self._url)
-            files.makedirs(root, exist_ok=True)
-            files.put_file(str(path), f"{root}/{path.name}")
+    def offer(self, path: Path) -> Generator[None, None, None]:
+        """Copy a shard of the cache's folder to the URL, under its own name. Yields while it waits."""
+        yield from self._ask(lambda: self._upload(path), "written", "shards stay here")
 
-    @contextmanager
-    def _trouble(self, purpose: str, instead: str) -> Iterator[None]:
-        """Whatever a driver raises ends here, said once; a damaged shard is said with its name."""
-        try:
+    def _download(self, shard: int, scratch: Path) -> Path | None:
+        files, root = open_place(self._url)
+        found = sorted(files.glob(f"{root}/shard-{shard:05d}-*.safetensors"))
+        if not found:
+            return None
+        fetched = scratch / PurePosixPath(found[0]).name
+        files.get_file(found[0], str(fetched))
+        return fetched
+
+    def _upload(self, path: Path) -> None:
+        files, root = open_place(self._url)
+        files.makedirs(root, exist_ok=True)
+        files.put_file(str(path), f"{root}/{path.name}")
+
+    def _ask(self, errand: Callable[[], T], purpose: str, instead: str) -> Generator[None, None, T | None]:
+        """What a thread brings of the store; None where that failed, or took too long, or did so a short while ago."""
+        if time.monotonic() < self._left_alone_until:
+            return None
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(errand())
+            except Exception as error:  # noqa: BLE001 - whatever a driver raises
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        until = time.monotonic() + _ANSWER_WITHIN_S
+        while not answer.done() and time.monotonic() < until:
+            wait([answer], timeout=_LOOK_EVERY_S)
             yield
-        except Exception as error:  # noqa: BLE001
+        late = TimeoutError(f"no answer within {_ANSWER_WITHIN_S:g} s")
+        if (error := answer.exception() if answer.done() else late) is None:
+            return answer.result()
+        self._left_alone_until = time.monotonic() + _LEFT_ALONE_S
+        self._tell(purpose, error, instead)
+        return None
+
+    def _tell(self, purpose: str, error: BaseException, instead: str) -> None:
+        if not self._told:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            if not self._told:
-                log.warning("the shared teacher cache %s cannot be %s: %s; %s", self._url, purpose, cause, instead)
-            self._told = True
+            shown = _LOGIN.sub("//", self._url)
+            cause = cause.replace(self._url, shown)
+            log.warning("the shared teacher cache %s cannot be %s: %s; %s", shown, purpose, cause, instead)
+        self._told = True

@@ -68,9 +68,15 @@ def calibrate(study: Study, settings: Settings, *, at_least_s: float = AT_LEAST_
     )
     found: list[Seconds] = []
     begin = time.perf_counter()
-    with _threads(threads(study)), _quiet():
-        while not found or time.perf_counter() - begin < at_least_s:
-            found.append(_training(method, task) | _scoring(method, task))
+    try:
+        with _threads(threads(study)), _quiet():
+            while not found or time.perf_counter() - begin < at_least_s:
+                found.append(_training(method, task) | _scoring(method, task))
+    except torch.OutOfMemoryError as error:
+        raise BDenseError(
+            f"the study does not fit into the memory of {device}: {str(error).splitlines()[0]}; lower "
+            "resources.micro_batch or evaluation.batch"
+        ) from error
     assert device is not None, "the run has found the device"
     throughput = Throughput(
         seconds={name: median_low(one[name] for one in found) for name in found[0]},

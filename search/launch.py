@@ -27,10 +27,14 @@ from search.storage import Studies, StudyStore
 if TYPE_CHECKING:
     from search.nodes import NodeCheck
     from search.scheduling import Conductor
+    from search.trackers.feed import Feed
 
 _FIGURES_EVERY_S = 15.0
 _FOR_FIGURES = 0.02
 """Share of a launcher's time: figures of thousands of trials take seconds, in which no trial starts."""
+
+_LAST_WORDS_S = 5.0
+"""What trackers get for what is left, once the cluster is gone."""
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +219,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, tracked_by: Se
                     study.spec.resources,
                     folder=settings.create(settings.ray),
                     stop_asked=conductor.stopping,
-                    on_loss=lambda: _leave(conductor),
+                    on_loss=lambda: _leave(conductor, tracked),
                     tick=tick,
                 )
         except KeyboardInterrupt:
@@ -259,7 +263,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
 
 
-def _leave(conductor: "Conductor") -> None:
+def _leave(conductor: "Conductor", tracked: Sequence["Feed"]) -> None:
     """The cluster is gone and Ray Tune hangs on it: give everything back and end the process, whatever happens."""
     try:
         conductor.hurry()
@@ -269,6 +273,7 @@ def _leave(conductor: "Conductor") -> None:
             "Run the same command again",
             level=logging.ERROR,
         )
+        trackers.finish(tracked, within_s=_LAST_WORDS_S)
     finally:
         os._exit(1)
 

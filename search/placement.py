@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its types leave it out
+from ray.air._internal import usage as air_usage
 from ray.exceptions import AuthenticationError, RayError
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import TrialScheduler
@@ -26,6 +27,9 @@ from search.errors import ClusterError
 from search.room import Room
 from search.sections import ResourcesSection
 from search.worker import run_trial
+
+# For statistics of use, which are off, Ray Tune imports every tracker that is installed.
+air_usage.tag_callbacks = lambda callbacks: False
 
 STOP_WITHIN_S = 30
 """How long an interrupted worker may take for its step and its checkpoint before it is killed."""

@@ -33,6 +33,7 @@ from search.marks import (
 )
 from search.records import Row
 from search.spec import Study
+from search.statistics import ranks
 
 Figure = Any
 """An empty `matplotlib.figure.Figure`, which is loaded when something is drawn."""
@@ -273,18 +274,12 @@ def draw_controls(axes: Any, rows: list[Row]) -> None:
 
 def draw_ranks(axes: Any, pairs: list[tuple[float, float]], title: str) -> None:
     """Early rank against final rank, 1 the best."""
-    early, final = (_ranks([pair[i] for pair in pairs]) for i in (0, 1))
+    early, final = (ranks([pair[i] for pair in pairs]) for i in (0, 1))
     axes.plot([1, len(pairs)], [1, len(pairs)], color=_GRID, linestyle="--", linewidth=1.2, zorder=1)
     axes.scatter(early, final, s=30, color=OTHER, edgecolors=_INK, linewidths=0.6, zorder=3)
     axes.set(title=title, xlabel="early rank", ylabel="final rank", aspect="equal")
     _whole_numbers(axes.xaxis)
     _whole_numbers(axes.yaxis)
-
-
-def _ranks(values: list[float]) -> list[float]:
-    from scipy.stats import rankdata
-
-    return [float(rank) for rank in rankdata(values)]
 
 
 # -- comparisons

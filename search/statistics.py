@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import special  # scipy.stats, with the same functions, takes a second to import
 
 LEVEL = 0.95
 """Coverage of every interval: two-sided, and for one interval alone."""
@@ -39,7 +39,7 @@ def mean_interval(values: Iterable[float]) -> Interval:
     if count == 1:
         return Interval(mean, -math.inf, math.inf, math.nan, 1)
     sd = float(numbers.std(ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * sd / math.sqrt(count)
+    half = float(special.stdtrit(count - 1, (1 + LEVEL) / 2)) * sd / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, sd, count)
 
 
@@ -58,7 +58,7 @@ def chance_of_no_gain(difference: Interval) -> float:
     if difference.sd == 0:
         return 0.0 if difference.mean > 0 else 1.0
     t = difference.mean / (difference.sd / math.sqrt(difference.count))
-    return float(stats.t.sf(t, difference.count - 1))
+    return float(special.stdtr(difference.count - 1, -t))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -122,11 +122,18 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation | 
     count = len(xs)
     if count < _FEWEST_RANKED or min(len(set(xs)), len(set(ys))) < 2:
         return None
-    rho = float(stats.spearmanr(xs, ys).statistic)
+    rho = float(np.corrcoef(ranks(xs), ranks(ys))[0, 1])
     limit = 1 - 6 / (count**3 - count)
     centre = math.atanh(max(-limit, min(limit, rho)))
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt((1 + rho**2 / 2) / (count - 3))
+    half = float(special.ndtri((1 + LEVEL) / 2)) * math.sqrt((1 + rho**2 / 2) / (count - 3))
     return Correlation(rho, min(rho, math.tanh(centre - half)), max(rho, math.tanh(centre + half)), count)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """1 for the lowest; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean_ranks: list[float] = (counts.cumsum() - (counts - 1) / 2)[place].tolist()
+    return mean_ranks
 
 
 def chance_of_best(gain: float, sd: float, df: int, num_trials: int) -> float:
@@ -140,7 +147,7 @@ def chance_of_best(gain: float, sd: float, df: int, num_trials: int) -> float:
     if sd == 0:
         return float(gain <= 0)
     quantiles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-    spread = np.sqrt(stats.chi2.ppf(quantiles, df) / df)[:, None]
+    spread = np.sqrt(2 * special.gammaincinv(df / 2, quantiles) / df)[:, None]
     rival = special.ndtri(quantiles)[None, :]
     all_below = special.ndtr(gain / sd * spread - rival) ** num_trials
     return float(1 - all_below.mean())

@@ -7,8 +7,8 @@ import socket
 import time
 import traceback
 from base64 import b64encode
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -110,11 +110,12 @@ def _events(
     method: Method, task: Task, repeats: tuple[int, ...], state: LocalState
 ) -> Generator[dict[str, Any], None, None]:
     spoke = -math.inf
-    with closing(distill(method, task, repeats)) as events:
+    with _warnings("bdense_core.shared_cache") as warned, closing(distill(method, task, repeats)) as events:
         for event in events:
             result = _result(event)
             state.finished = result["done"]
-            notes = [_note(event), state.follow()]
+            notes = [_note(event), state.follow(), *warned]
+            warned.clear()
             if note := "; ".join(filter(None, notes)):
                 result["note"] = note
             elif (
@@ -125,6 +126,20 @@ def _events(
             yield result
             if result["done"]:
                 return
+
+
+@contextmanager
+def _warnings(logger_name: str) -> Iterator[list[str]]:
+    """What is warned of while the block runs: nobody reads a worker's log."""
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    source = logging.getLogger(logger_name)
+    source.addHandler(handler)
+    try:
+        yield warned
+    finally:
+        source.removeHandler(handler)
 
 
 def _note(event: Event) -> str | None:

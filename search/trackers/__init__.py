@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from search.trackers.feed import Feed
     from search.trackers.runs import Tracked, Tracker
 
-__all__ = ["NAMES", "check", "opened"]
+__all__ = ["NAMES", "check", "finish", "opened"]
 
 NAMES = ("tensorboard", "mlflow", "wandb")
 """Each is also the name of its package, and of our extra that installs it."""
@@ -55,11 +55,16 @@ def opened(names: Sequence[str], store: "StudyStore", settings: "Settings") -> I
             feeds.append(_feed(name, store, settings))
         yield feeds
     finally:
-        deadline = time.monotonic() + _FLUSH_S
-        for feed in feeds:
-            feed.finish()
-        for feed in feeds:
-            feed.wait(deadline)
+        finish(feeds)
+
+
+def finish(feeds: Sequence["Feed"], *, within_s: float = _FLUSH_S) -> None:
+    """Nothing more comes; wait for what is still to be sent."""
+    deadline = time.monotonic() + within_s
+    for feed in feeds:
+        feed.finish()
+    for feed in feeds:
+        feed.wait(deadline)
 
 
 def _feed(name: str, store: "StudyStore", settings: "Settings") -> "Feed":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from mlflow.exceptions import MlflowException
 
 _STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "LOST": "KILLED", "WAITING": "SCHEDULED"}
 _KEY = "bdense_key"
+_REFUSED = re.compile(r"[^/\w.\- ]")
+"""What the names of MLflow's metrics must not have, such as the @ of `fd@8`."""
 
 
 class MLflow:
@@ -45,7 +48,7 @@ class MLflow:
 
     def log(self, number: int, images: int, values: Mapping[str, float]) -> None:
         now = round(1000 * time.time())
-        metrics = [Metric(name, value, now, images) for name, value in values.items()]
+        metrics = [Metric(_REFUSED.sub("_", name), value, now, images) for name, value in values.items()]
         self._client.log_batch(self._runs[number], metrics=metrics)
 
     def end(self, number: int, state: str, tags: Mapping[str, str]) -> None:

@@ -223,6 +223,11 @@ def _own_tmp(here: Path) -> Iterator[str]:
 def engine() -> Iterator[Engine]:
     made = Engine()
     try:
+        subprocess.run([sys.executable, "-c", ""], user=USER, group=USER, extra_groups=[], cwd="/", check=True)
+    except (OSError, subprocess.CalledProcessError):
+        made.end()
+        pytest.skip("other users cannot run this Python")
+    try:
         made.connect()
     except (OSError, subprocess.CalledProcessError) as error:
         made.end()

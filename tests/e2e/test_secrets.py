@@ -107,7 +107,7 @@ class Watch:
     def _look_until_end(self) -> None:
         while self.launch.process.poll() is None:
             self._look()
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def _look(self) -> None:
         pid = self.launch.process.pid

@@ -1,6 +1,7 @@
 """Teacher caches and checkpoints in an object store, over S3's real protocol."""
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import fsspec
 import pytest
 import torch
 
+from bdense_core import shared_cache
 from bdense_core.cache import TrajectoryCache
 from bdense_core.errors import BadValue, CheckpointError
 from search.checkpoints import Checkpoints, local_state
@@ -93,6 +95,32 @@ def test_a_store_that_cannot_be_reached_is_said_once_and_ends_nothing(
     assert alone.asked == [0, 1, 2]
     (record,) = [record for record in caplog.records if record.name == "bdense_core.shared_cache"]
     assert url in record.getMessage()
+
+
+def test_a_store_that_does_not_answer_is_waited_for_once_and_with_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shared_cache, "_ANSWER_WITHIN_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and says nothing
+        alone = Machine(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}/cache")
+        pieces = list(alone.cache.fill(0, NUM_ROWS))
+    assert alone.asked == [0, 1, 2]
+    assert torch.equal(alone.cache.rows(0, NUM_ROWS), row_values(0, NUM_ROWS))
+    (record,) = [record for record in caplog.records if record.name == "bdense_core.shared_cache"]
+    assert "no answer within 1 s; shards are computed here" in record.getMessage()
+    assert 5 <= pieces.count(0) <= 20 and pieces.count(1) == pieces.count(2) == 1
+    assert sorted(path.suffix for path in alone.cache.folder.glob("*shard*")) == [".lock"] * 3 + [".safetensors"] * 3
+
+
+def test_what_a_killed_worker_left_of_a_shard_goes_with_the_next_one(tmp_path: Path, store: ObjectStore) -> None:
+    one = Machine(tmp_path, f"{store.url}/{tmp_path.name}")
+    half = one.cache.folder / ".shard-00001-half.tmp"
+    half.mkdir(parents=True)
+    (half / "shard-00001-abc.safetensors").write_bytes(b"half")
+    other = one.cache.folder / ".shard-00001-written.tmp"
+    other.write_bytes(b"half")
+    one.rows()
+    assert not half.exists() and not other.exists()
 
 
 def test_a_launch_finds_out_early_whether_the_store_can_be_written(store: ObjectStore, tmp_path: Path) -> None:

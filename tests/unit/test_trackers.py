@@ -99,6 +99,10 @@ def told(tracker: Tracker, events: Callable[[Feed], None]) -> None:
     listener.wait(time.monotonic() + 60)
 
 
+FURTHER = [["rho", 0.5], ["fd@8", 1.75], ["fd[guidance=1,tag=false]", 2.5]]
+"""Figures as DASH and progressive distillation name them."""
+
+
 def one_trial(listener: Feed) -> None:
     trial = replace(
         claim(3, seeds=(0, 7)), params={"a": 1.5, "b": -2.0, "lr": 0.25}, settings={"lr": 0.25, "kind": "x"}
@@ -107,7 +111,7 @@ def one_trial(listener: Feed) -> None:
     listener.progressed(trial, progress(0.5, 0.75))
     listener.progressed(trial, score(2, 1.5, surrogate=0.125))
     listener.progressed(trial, progress(0.25, 0.5, phase="seed 7"))
-    listener.progressed(trial, score(4, 1.25, surrogate=0.0625, metrics=[["rho", 0.5]], repeats=[[7, 4, 1.75]],
+    listener.progressed(trial, score(4, 1.25, surrogate=0.0625, metrics=FURTHER, repeats=[[7, 4, 1.75]],
                                      evaluations=[1.3]))  # fmt: skip
     listener.ended(trial, "COMPLETE", 1.5, violated=("rho", "cos"))
 
@@ -124,7 +128,7 @@ def test_a_trial_is_one_run_with_its_proposal_its_numbers_by_images_and_its_end(
         (3, 500, {"loss": 0.75}),
         (3, 2000, {"fd-digits": 1.5, "surrogate": 0.125}),
         (3, 250, {"seed-7/loss": 0.5}),
-        (3, 4000, {"fd-digits": 1.25, "surrogate": 0.0625, "rho": 0.5, "evaluation-1/fd-digits": 1.3}),
+        (3, 4000, {"fd-digits": 1.25, "surrogate": 0.0625, **dict(FURTHER), "evaluation-1/fd-digits": 1.3}),
         (3, 4000, {"seed-7/fd-digits": 1.75}),
         (3, 4000, {"value": 1.5}),
     ]
@@ -335,6 +339,7 @@ def test_mlflow_reads_what_was_logged(tmp_path: Path, monkeypatch: pytest.Monkey
     history = client.get_metric_history(failed.info.run_id, "fd-digits")
     assert [(point.step, point.value) for point in history] == [(2000, 3.5), (4000, 2.5)]
     assert ended.data.metrics["value"] == 1.5
+    assert ended.data.metrics["fd_8"] == 1.75 and ended.data.metrics["fd_guidance_1_tag_false_"] == 2.5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow"], "nothing is left where the launch was typed"
     assert SECRET.encode() not in (folder / "mlflow.db").read_bytes()
 

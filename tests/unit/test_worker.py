@@ -3,6 +3,7 @@
 import json
 from base64 import b64decode
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from bdense_core.methods.base import with_settings
 from bdense_core.methods.synthetic import Synthetic
 from bdense_core.task import Score, Task
+from bdense_core.weights import uniform
 from search import worker
+from search.study_file import load_study, studies_folder
 from search.worker import payload, run_trial
 
 
@@ -88,3 +91,16 @@ def test_images_and_learned_shares_are_passed_on_as_text_and_list(monkeypatch: p
     monkeypatch.setattr(worker, "distill", lambda *_: (event for event in [last]))
     (score,) = run_trial(payload(Synthetic(num_branches=2), task, (0,)))
     assert (b64decode(score["samples"]), score["shares_learned"]) == (b"\x89PNG", [0.25, 0.75])
+
+
+def test_a_shared_cache_that_does_not_work_is_told_of_once_each_without_its_password(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ("method.budget_kimg=1", "budget.every_kimg=1", "evaluation.n_samples=20", "evaluation.batch=20")
+    study = load_study(studies_folder() / "digits.yaml", overrides=keys)
+    task = replace(study.task(uniform(4), 0, cache_root=tmp_path), cache_url="nosuch://me:secret@host/x")
+    told = [result["note"] for result in run_trial(payload(study.spec.method, task, (0,))) if "note" in result]
+    assert len(told) == 2, "trajectories to learn from, and those that the surrogate compares with"
+    for note in told:
+        assert note.startswith("the shared teacher cache nosuch://host/x/") and "shards are computed here" in note
+    assert "secret" not in caplog.text
