@@ -1,6 +1,7 @@
 """Which code produced a result."""
 
 import hashlib
+import os
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -38,10 +39,10 @@ def source_fingerprint() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
+    needed = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}  # no password
+    command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=5, check=False
-        )
+        done = subprocess.run(command, env=needed, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -55,6 +55,7 @@ def test_trials_move_to_a_node_that_joins_and_away_from_one_that_dies(newcomer, 
     assert again["state"] == "COMPLETE" and (again["a"], again["b"]) == (lost["a"], lost["b"])
 
 
+@pytest.mark.long
 def test_a_study_whose_cluster_is_gone_goes_on_with_another(newcomer, cluster) -> None:
     cluster.add_node()
     newcomer.environment |= cluster.access()

@@ -97,6 +97,7 @@ def test_a_teacher_is_sampled_with_a_solver_of_choice(someone) -> None:
     assert "NFE 10" in done.stderr
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_the_state_and_says_so(someone) -> None:
     """Long before the first snapshot by the clock."""
     command = ("train-teacher", "--dataset", "digits", "--name", "kept", "--channels", "8", "--kimg", "12")

@@ -64,6 +64,7 @@ def test_a_place_that_no_trial_of_ours_needs_is_given_back(tmp_path: Path) -> No
     assert answer["before"] == 0 and answer["after"] == 1
 
 
+@pytest.mark.long
 def test_short_trials_share_the_processes_that_there_are(tmp_path: Path) -> None:
     answer = run("short_trials", tmp_path)
     assert sorted(result["number"] for result in answer["results"]) == list(range(100))

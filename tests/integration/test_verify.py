@@ -363,7 +363,7 @@ def test_the_file_of_every_shipped_study_of_the_digits_holds(studies: Studies, t
     assert content["noise_floor"]["num_controls"] == trained
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_distillation_of_the_digits_runs_again_to_the_last_bit(studies: Studies, tmp_path: Path) -> None:
     overrides = (
         "method.budget_kimg=1", "budget.trials=1", "evaluation.n_samples=200", "evaluation.batch=200",

@@ -57,6 +57,7 @@ def test_resnet56_reaches_its_published_accuracy_on_the_first_thousand_test_imag
     assert float((guesses == labels).float().mean()) == pytest.approx(0.9339, abs=0.02)  # of all 10,000
 
 
+@pytest.mark.long
 def test_test_and_train_images_are_near_each_other_and_noisy_ones_far(resnet56, features_of_test):
     """The card names 0.074 for 10,000 images of each; fewer bias it upwards."""
     noise = torch.randn(2000, 3, 32, 32, generator=seeds.generator(0))
