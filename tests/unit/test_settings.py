@@ -1,5 +1,6 @@
 """Settings: what is read from where, which URLs are taken, and that no password gets out."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import sqlalchemy
 
 from bdense_core.errors import BadValue
+from search import version
 from search.settings import Settings, mask, normalise_url
 
 PASSWORD = "s3cr3t"
@@ -155,3 +157,14 @@ def test_importing_settings_and_server_loads_nothing_heavy():
     repository = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_git_is_asked_for_the_version_without_any_password(tmp_path, monkeypatch):
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nenv\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    monkeypatch.setenv("OPTUNA_STORAGE", f"postgresql://u:{PASSWORD}@db/b")
+    environment = version._git(tmp_path, "status")
+    assert f"PATH={tmp_path}" in environment and PASSWORD not in environment
