@@ -9,15 +9,15 @@ import math
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bdense_core.errors import CacheError
 from bdense_core.integrity import check_shard
+from bdense_core.remote import errand, open_place
 
 T = TypeVar("T")
 
@@ -29,15 +29,6 @@ _LOOK_EVERY_S = 0.1
 _LOGIN = re.compile(r"//[^/@]*@")
 
 log = logging.getLogger(__name__)
-
-
-def open_place(url: str) -> tuple[Any, str]:
-    """fsspec's file system, which asks the storage itself and not its memory of it, and the path there."""
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(url)
-    files.invalidate_cache()  # others write there at the same time
-    return files, path.rstrip("/")
 
 
 class SharedShards:
@@ -93,19 +84,11 @@ class SharedShards:
         files.makedirs(root, exist_ok=True)
         files.put_file(str(path), f"{root}/{path.name}")
 
-    def _ask(self, errand: Callable[[], T], purpose: str, instead: str) -> Generator[None, None, T | None]:
+    def _ask(self, action: Callable[[], T], purpose: str, instead: str) -> Generator[None, None, T | None]:
         """What a thread brings of the store; None where that failed, or took too long, or did so a short while ago."""
         if time.monotonic() < self._left_alone_until:
             return None
-        answer: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(errand())
-            except Exception as error:  # noqa: BLE001 - whatever a driver raises
-                answer.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
+        answer = errand(action)
         until = time.monotonic() + _ANSWER_WITHIN_S
         while not answer.done() and time.monotonic() < until:
             wait([answer], timeout=_LOOK_EVERY_S)

@@ -8,13 +8,13 @@ import logging
 import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from bdense_core.errors import BadValue, CheckpointError
-from bdense_core.shared_cache import open_place
+from bdense_core.remote import errand, open_place
 from search.places import check_writable, told
 from search.settings import mask
 
@@ -140,21 +140,6 @@ def local_state(location: str | None) -> Iterator[LocalState]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-class _Errand(threading.Thread):
-    """Something that may take long or hang, beside the training; `error` is what it ended with."""
-
-    def __init__(self, errand: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self._errand = errand
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self._errand()
-        except (BadValue, CheckpointError) as error:
-            self.error = error
-
-
 class _Mirror(LocalState):
     """A private folder and its copy at a URL. Another worker's files there stay untouched."""
 
@@ -163,15 +148,15 @@ class _Mirror(LocalState):
         self._location = location
         self._local = scratch / "run"
         self._copied: dict[str, int] = {}
-        self._copying: _Errand | None = None
+        self._copying: Future[None] | None = None
         self._tried: dict[str, int] = {}
         self._failing = False
         self._fetch(scratch / "incoming")
 
     def follow(self) -> str | None:
         if self._copying is not None and self.finished:
-            self._copying.join(LAST_COPY_WITHIN_S)  # nothing may come after the launcher has removed the state
-        if self._copying is not None and not self._copying.is_alive():
+            wait([self._copying], LAST_COPY_WITHIN_S)  # nothing may come after the launcher has removed the state
+        if self._copying is not None and self._copying.done():
             self._ended(self._copying)
         if self._copying is None and not self.finished and (state := self._state()) != self._tried:
             self._copy(state)
@@ -183,24 +168,24 @@ class _Mirror(LocalState):
             return
         for _ in range(2):  # the one under way, and one of what has come since
             if self._copying is not None:
-                self._copying.join(LAST_COPY_WITHIN_S / 2)
-                if self._copying.is_alive():
+                wait([self._copying], LAST_COPY_WITHIN_S / 2)
+                if not self._copying.done():
                     log.warning("the last state of a trial was not copied to %s in time", mask(self._location))
                     return
             self.follow()
 
     def _copy(self, state: dict[str, int]) -> None:
         self._tried = state
-        self._copying = _Errand(lambda: self._bring(state))
-        self._copying.start()
+        self._copying = errand(lambda: self._bring(state))
 
-    def _ended(self, errand: _Errand) -> None:
+    def _ended(self, copying: Future[None]) -> None:
         self._copying = None
-        if errand.error is not None:
-            log.warning("%s", errand.error)
+        error = copying.exception()
+        if error is not None:
+            log.warning("%s", error)
             if not self._failing:
-                self._note = f"{errand.error}; the trial goes on without"
-        self._failing = errand.error is not None
+                self._note = f"{error}; the trial goes on without"
+        self._failing = error is not None
 
     def _state(self) -> dict[str, int]:
         """The files of the run, each with the time of its last change."""
@@ -228,14 +213,13 @@ class _Mirror(LocalState):
                 del self._copied[name]
 
     def _fetch(self, incoming: Path) -> None:
-        errand = _Errand(lambda: self._get(incoming))
-        errand.start()
-        errand.join(FETCH_WITHIN_S)
-        if errand.is_alive():
+        fetching = errand(lambda: self._get(incoming))
+        wait([fetching], FETCH_WITHIN_S)
+        if not fetching.done():
             reason = f"the state at {mask(self._location)} did not come within {FETCH_WITHIN_S:.0f} s"
             self._note = f"{reason}; the trial begins anew"
-        elif errand.error is not None:
-            self._note = f"{errand.error}; the trial begins anew"
+        elif (error := fetching.exception()) is not None:
+            self._note = f"{error}; the trial begins anew"
         elif incoming.exists():
             incoming.rename(self._local)
             self._copied = self._tried = self._state()

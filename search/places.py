@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from urllib.parse import unquote, urlsplit
 
 from bdense_core.errors import BadValue, CheckpointError
-from bdense_core.shared_cache import open_place
+from bdense_core.remote import open_place
 from search.settings import mask
 
 _KEPT = {"checkpoints.url": "the checkpoints", "cache.url": "the shared teacher cache"}

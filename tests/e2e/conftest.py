@@ -58,7 +58,7 @@ class User:
         try:
             return subprocess.run(
                 command, env=self.environment | more, cwd=self.home.parent,
-                capture_output=True, text=True, timeout=200, check=False,
+                capture_output=True, text=True, timeout=280, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             said = b"".join(stream for stream in (error.stdout, error.stderr) if isinstance(stream, bytes))

@@ -160,12 +160,18 @@ def test_a_password_is_nowhere_but_with_who_needs_it(newcomer: User, postgres, g
     if given == "in PGPASSWORD":
         newcomer.environment["PGPASSWORD"] = postgres.password
     url = postgres.url(postgres.password if given == "in the URL" else None)
-    launch = newcomer.start_launch(*STUDY, "--study", f"secret-{given[-3:].lower()}", "--storage", url)
+    name = f"secret-{given[-3:].lower()}"
+    launch = newcomer.start_launch(*STUDY, "--study", name, "--storage", url)
     watch = Watch(launch, newcomer.home, postgres.password.encode(), needs_it)
     assert watch.until_end() == 0, launch.lines
     assert watch.sessions and any("/raylet" in place for place in watch.looked_at)
     assert any("dashboard: http" in line for line in launch.lines)
     assert not watch.found
+    study = ("--study", name, "--storage", postgres.url(postgres.password))
+    told = [
+        newcomer.weights(command, *study, *form) for command, form in (("show", ("--format", "json")), ("export", ()))
+    ]
+    assert all(done.returncode == 0 and postgres.password not in done.stdout + done.stderr for done in told)
     (export,) = [line for line in launch.lines if "export the best weights: " in line]
     hint = f"# with OPTUNA_STORAGE set to {postgres.url('***')}"
     assert (hint in export) == (given == "in the URL") and (f"--storage {url}" in export) != (hint in export)
