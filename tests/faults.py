@@ -49,6 +49,7 @@ from search import server
 from search.space import Slope
 from search.study_file import studies_folder
 from tests.e2e.conftest import Running, User, farewell, new_user
+from tests.patience import PATIENCE_S
 
 METHOD = Synthetic()
 GRACE_S = 20
@@ -162,7 +163,7 @@ class Scene:
 
     def once(self, find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
         """What `find` finds, as soon as it finds anything; nothing if the launch has ended before."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not (found := find()) and self.launch.process.poll() is None:
             assert time.monotonic() < deadline, self.launch.lines
             time.sleep(0.05)

@@ -13,6 +13,8 @@ from typing import Any
 import fsspec
 import requests
 
+from tests.patience import PATIENCE_S
+
 
 @dataclass(frozen=True)
 class ObjectStore:
@@ -65,7 +67,7 @@ def serving() -> Iterator[ObjectStore]:
         yield ObjectStore("s3://bucket", environment)
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(PATIENCE_S)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -74,7 +76,7 @@ def serving() -> Iterator[ObjectStore]:
 
 
 def _wait_for(endpoint: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             requests.get(endpoint, timeout=5)

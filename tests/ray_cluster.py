@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.patience import PATIENCE_S
+
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -41,7 +43,7 @@ class Cluster:
                     start_new_session=True,
                 )
             )  # fmt: skip
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_S
         while "Ray runtime started" not in (text := output.read_text()):
             assert self.nodes[-1].poll() is None and time.monotonic() < deadline, text
             time.sleep(0.1)
@@ -62,7 +64,7 @@ class Cluster:
                 if psutil.pid_exists(victim.pid):
                     victim.kill()
             psutil.wait_procs(victims, timeout=20)
-        self.nodes[number].wait(20)
+        self.nodes[number].wait(PATIENCE_S)
 
     def end(self) -> None:
         for number in reversed(range(len(self.nodes))):

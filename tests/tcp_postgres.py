@@ -15,6 +15,8 @@ from pathlib import Path
 import psycopg2
 from psycopg2 import sql
 
+from tests.patience import PATIENCE_S
+
 NOBODY = 65534
 
 
@@ -66,7 +68,7 @@ def listening(programs: Path) -> Iterator[Postgres]:
         **other, cwd=folder, env={"LC_ALL": "C"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     pid_file = data / "postmaster.pid"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (pid_file.exists() and "ready" in pid_file.read_text()):
         assert server.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -74,5 +76,5 @@ def listening(programs: Path) -> Iterator[Postgres]:
         yield Postgres(port, password)
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(PATIENCE_S)
         shutil.rmtree(folder)

@@ -20,6 +20,7 @@ import pytest
 
 from search import server
 from search.study_file import studies_folder
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path(sys.executable).parent / "bdense-weights"
@@ -33,7 +34,7 @@ class Running:
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
 
-    def wait_for(self, condition: Callable[[list[str]], bool], timeout_s: float = 120) -> None:
+    def wait_for(self, condition: Callable[[list[str]], bool], timeout_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition(self.lines):
             assert self.process.poll() is None, "\n".join(self.lines)
@@ -43,7 +44,7 @@ class Running:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         return self.process.wait(timeout_s)
 
 
@@ -58,7 +59,7 @@ class User:
         try:
             return subprocess.run(
                 command, env=self.environment | more, cwd=self.home.parent,
-                capture_output=True, text=True, timeout=280, check=False,
+                capture_output=True, text=True, timeout=PATIENCE_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             said = b"".join(stream for stream in (error.stdout, error.stderr) if isinstance(stream, bytes))
@@ -127,8 +128,8 @@ def ray_environment() -> Iterator[dict[str, str]]:
     reader.start()
     yield access | {"RAY_ADDRESS": address}
     head.terminate()
-    head.wait(60)
-    reader.join(60)
+    head.wait(PATIENCE_S)
+    reader.join(PATIENCE_S)
     head.stdout.close()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = 80
@@ -41,6 +43,7 @@ def test_the_toy_is_short(blocks):
     assert len(blocks["python"].splitlines()) < MOST_LINES
 
 
+@pytest.mark.long
 def test_a_method_takes_a_module_and_a_member_of_the_union(checkout, user):
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -49,7 +52,7 @@ def test_a_method_takes_a_module_and_a_member_of_the_union(checkout, user):
             cwd=checkout,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=PATIENCE_S,
             check=False,
         )
 

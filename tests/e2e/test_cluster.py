@@ -16,6 +16,7 @@ import pytest
 
 from search import postmaster
 from search.study_file import studies_folder
+from tests.patience import PATIENCE_S
 from tests.ray_cluster import Cluster
 
 pytestmark = pytest.mark.e2e
@@ -173,10 +174,8 @@ def postgresql(two_hosts: TwoHosts) -> Iterator[str]:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    assert (
-        as_nobody(str(postmaster._program("initdb")), "-D", str(data), "-A", "trust", "-U", "postgres", "-N").wait(60)
-        == 0
-    )
+    initdb = str(postmaster._program("initdb"))
+    assert as_nobody(initdb, "-D", str(data), "-A", "trust", "-U", "postgres", "-N").wait(PATIENCE_S) == 0
     with (data / "pg_hba.conf").open("a") as rules:
         rules.write(f"host all all {two_hosts.LAUNCHER}/32 trust\n")
     server = subprocess.Popen(
@@ -186,13 +185,13 @@ def postgresql(two_hosts: TwoHosts) -> Iterator[str]:
         cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     pid_file = data / "postmaster.pid"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (pid_file.exists() and "ready" in pid_file.read_text()):
         assert server.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     yield f"postgresql+psycopg2://postgres@{two_hosts.LAUNCHER}:5432/postgres"
     server.terminate()
-    server.wait(30)
+    server.wait(PATIENCE_S)
     shutil.rmtree(folder)
 
 

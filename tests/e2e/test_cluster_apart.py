@@ -12,10 +12,11 @@ from search import server
 from search.study_file import studies_folder
 from tests.e2e.conftest import User
 from tests.object_store import ObjectStore, serving
+from tests.patience import PATIENCE_S
 from tests.ray_cluster import Cluster
 from tests.tcp_postgres import Postgres, listening
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 SHORT = (
     "--set", "method.budget_kimg=2", "--set", "evaluation.n_samples=200", "--set", "evaluation.batch=100",
@@ -70,7 +71,7 @@ def test_nodes_that_share_no_folder_work_on_one_study_and_none_computes_what_ano
         "--set", "checkpoints.every_s=0",
     )  # fmt: skip
     run.wait_for(lambda lines: any("checkpoints/" in name for name in store.names()))
-    assert run.wait(240) == 0, "\n".join(run.lines)
+    assert run.wait(PATIENCE_S) == 0, "\n".join(run.lines)
 
     shown = newcomer.show("apart")
     finished = [trial for trial in shown["trials"] if trial["state"] == "COMPLETE"]

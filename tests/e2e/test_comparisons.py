@@ -67,6 +67,7 @@ def test_a_confirmation_that_is_interrupted_and_killed_loses_and_doubles_nothing
     assert [len(arm["by_seed"]) for arm in found["arms"]] == [3] * 4
 
 
+@pytest.mark.long
 def test_a_transfer_that_is_interrupted_and_killed_loses_and_doubles_nothing(
     user: User, searched: str, tmp_path: Path
 ) -> None:

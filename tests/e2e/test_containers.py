@@ -27,7 +27,7 @@ from search import postmaster
 from tests import compose_file
 from tests.compose_file import DOCKER, ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 USER = 10001
 HAS_RAYS_PAGES = all(importlib.util.find_spec(name) for name in ("aiohttp", "opencensus"))

@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 
 from search.study_file import studies_folder
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
 
@@ -26,13 +27,13 @@ def page(address: str) -> str:
     with tempfile.TemporaryDirectory() as profile:
         done = subprocess.run(
             [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--dump-dom", address],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=True,
         )  # fmt: skip
     return done.stdout
 
 
 def get(address: str) -> dict[str, object]:
-    with urllib.request.urlopen(address, timeout=30) as answer:
+    with urllib.request.urlopen(address, timeout=PATIENCE_S) as answer:
         content: dict[str, object] = json.load(answer)
         return content
 

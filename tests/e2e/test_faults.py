@@ -23,6 +23,7 @@ from search.study_file import load_study, studies_folder
 from tests import faults
 from tests.e2e.conftest import Running, User
 from tests.faults import FAULTS, Grid, Moment, Scene, Trial, read_trials
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -183,7 +184,7 @@ def greedy_neighbour(group: Path) -> Iterator[None]:
     with subprocess.Popen((sys.executable, "-c", wants), stdin=subprocess.PIPE) as process:
         try:
             (group / "cgroup.procs").write_text(str(process.pid))
-            process.communicate(b"1", timeout=60)
+            process.communicate(b"1", timeout=PATIENCE_S)
             yield
         finally:
             process.kill()
@@ -198,7 +199,7 @@ def run_out_of_memory(worker: psutil.Process) -> None:
         else:
             (group / "cgroup.procs").write_text(str(worker.pid))
             stack.enter_context(greedy_neighbour(group))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, "the kernel let it live"
             time.sleep(0.05)
@@ -220,7 +221,6 @@ def test_a_worker_that_the_kernel_kills_for_its_memory_costs_one_retry(user) -> 
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_a_distillation_keeps_its_value_through_full_memory_a_truncated_state_and_an_interrupt(user) -> None:
     keys = ("method.budget_kimg=2", "evaluation.n_samples=100", "seeds.control_repeats=1", "resources.max_parallel=1",
             "checkpoints.every_s=0", "budget.trials=0")  # fmt: skip

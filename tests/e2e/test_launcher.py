@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from search.study_file import studies_folder
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -142,7 +143,7 @@ def test_a_killed_launcher_leaves_nothing_behind_that_a_second_launch_does_not_m
 def test_two_launchers_at_once_share_the_work_without_doubling_it(user) -> None:
     command = (SYNTHETIC, "--study", "shared", "--trials", "6", *SLOW)
     launchers = [user.start_launch(*command), user.start_launch(*command)]
-    assert [launcher.wait(240) for launcher in launchers] == [0, 0]
+    assert [launcher.wait(PATIENCE_S) for launcher in launchers] == [0, 0]
     trials = user.show("shared")["trials"]
     assert Counter(trial["state"] for trial in trials) == {"COMPLETE": 8}
     assert all(any(" started" in line for line in launcher.lines) for launcher in launchers)
@@ -168,7 +169,7 @@ def test_a_lost_cluster_ends_the_launch_and_leaves_nothing_running(newcomer) -> 
         child for child in psutil.Process(run.process.pid).children(recursive=True) if child.name() == "raylet"
     ]
     raylet.kill()
-    assert run.wait(200) == 1, "\n".join(run.lines)
+    assert run.wait(PATIENCE_S) == 1, "\n".join(run.lines)
     assert any("cluster went away" in line for line in run.lines)
     assert not any("Traceback" in line for line in run.lines)
     assert "RUNNING" not in {trial["state"] for trial in newcomer.show("lost")["trials"]}

@@ -115,6 +115,7 @@ def test_ctrl_c_keeps_the_state_and_says_so(someone) -> None:
     assert shown.returncode == 0, shown.stderr
 
 
+@pytest.mark.long
 def test_a_teacher_for_guidance_is_trained_and_brings_its_curriculum_and_sampler(someone) -> None:
     command = ("train-teacher", "--guided", "--dataset", "digits", "--name", "guided", "--channels", "8", "--kimg", "1")
     made = someone.weights(*command, "--batch", "32")

@@ -17,6 +17,7 @@ from search import cli, derived
 from search.storage import Studies
 from search.study_file import studies_folder
 from tests.complaints import complains
+from tests.patience import PATIENCE_S
 from tests.studies import opened, run_all, run_one, synthetic
 
 pytestmark = pytest.mark.e2e
@@ -62,7 +63,7 @@ class Desk:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def wait_for(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 120) -> dict[str, Any]:
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         while not condition(found := self.status()):
             assert time.monotonic() < deadline, found

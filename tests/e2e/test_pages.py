@@ -11,7 +11,7 @@ import yaml
 
 from tests.e2e.conftest import ROOT, User
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 SMALL = (
     "--no-dashboard", "--set", "method.budget_kimg=1", "--set", "evaluation.n_samples=100",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import User
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = folder.glob("*.whl")
     assert len(list(folder.glob("*.tar.gz"))) == 1
@@ -42,7 +43,7 @@ def test_the_wheel_holds_two_packages_their_types_the_studies_and_the_shipped_mo
 def test_the_quickstart_runs_from_the_wheel_alone(wheel: Path, newcomer: User, tmp_path: Path) -> None:
     place = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(place)]
-    subprocess.run([*command, str(wheel)], check=True, capture_output=True, timeout=200)
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True, timeout=PATIENCE_S)
     program = str(place / "bin" / "bdense-weights")
     newcomer.environment |= {"PYTHONPATH": str(place)}  # before the checkout, which is on the path of this environment
     where = newcomer.run(

@@ -17,6 +17,7 @@ from search.records import Row
 from search.settings import normalise_url
 from search.storage import Studies, StudyStore
 from search.study_file import load_study, studies_folder
+from tests.patience import PATIENCE_S
 
 DOCUMENTED = Path(__file__).parents[2] / "docs" / "operations.md"
 AS_ROOT = sys.platform != "win32" and os.geteuid() == 0
@@ -38,7 +39,7 @@ class Operator:
         return subprocess.run(
             ["sh", "-c", command], cwd=self.folder, env=environment, user=self.account, group=self.account,
             extra_groups=None if self.account is None else [],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     def does(self, command: str, home: str) -> str:

@@ -22,6 +22,7 @@ from search import queries, server
 from search.database import Database
 from search.errors import LeaseLost, StorageError, StudyNotFound
 from search.storage import Studies, StudyStore
+from tests.patience import PATIENCE_S
 from tests.studies import opened, synthetic
 
 
@@ -135,7 +136,7 @@ def test_a_signal_reaches_whoever_waits_for_a_frozen_database(home: Path) -> Non
             assert waiting.stdout.readline() == "asks\n"
             time.sleep(0.5)
             waiting.send_signal(signal.SIGINT)
-            _, said = waiting.communicate(timeout=60)
+            _, said = waiting.communicate(timeout=PATIENCE_S)
     assert said.strip().endswith("KeyboardInterrupt")
 
 

@@ -30,6 +30,7 @@ from search.database import Database
 from search.errors import LeaseLost
 from search.records import Claim, Row, last_of_chains
 from search.storage import Studies, StudyStore
+from tests.patience import PATIENCE_S
 from tests.studies import opened, run_all, run_one, states, synthetic
 
 STALE = "UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '1 hour'"
@@ -495,7 +496,7 @@ def test_launchers_at_once_on_one_new_study_run_exactly_the_asked_trials(databas
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0] * launchers
     store = opened(database_url, synthetic("budget.trials=10"))
     assert states(store) == {

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 RUNS = Path(__file__).with_name("placement_runs.py")
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TUNE_"))}
     done = subprocess.run(
-        [sys.executable, str(RUNS), name, str(folder)], env=environment, capture_output=True, text=True, timeout=200,
-        check=False,
+        [sys.executable, str(RUNS), name, str(folder)],
+        env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -53,6 +55,7 @@ def test_an_interrupt_waits_for_a_long_step_and_a_slow_checkpoint_but_not_for_a_
     assert run("an_interrupt", tmp_path)["written"] == [True, True]
 
 
+@pytest.mark.long
 def test_all_places_of_a_node_are_filled_at_the_start(tmp_path: Path) -> None:
     answer = run("many_at_once", tmp_path)
     assert answer["total"] == 8

@@ -23,6 +23,7 @@ import sqlalchemy
 from search import postmaster, server
 from search.errors import ServerError
 from search.settings import normalise_url
+from tests.patience import PATIENCE_S
 
 REPOSITORY = Path(__file__).parents[2]
 AS_ROOT = sys.platform != "win32" and os.geteuid() == 0
@@ -65,13 +66,13 @@ def in_another_process(code: str, home: Path) -> subprocess.Popen[str]:
 
 
 def output(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     return text.strip()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.02)
@@ -86,7 +87,7 @@ def pid_of(home: Path) -> int:
 def kill_9(pid: int) -> None:
     process = psutil.Process(pid)
     process.kill()
-    process.wait(60)
+    process.wait(PATIENCE_S)
 
 
 def num_starts(home: Path) -> int:
@@ -192,7 +193,7 @@ def test_a_server_that_is_shutting_down_is_waited_for(home):
         launcher = threading.Thread(target=lambda: found.append(server.ensure_running(home)))
         launcher.start()
         assert pid_of(home) == pid
-    launcher.join(timeout=60)
+    launcher.join(timeout=PATIENCE_S)
     assert found == [server.find(home)]
     assert pid_of(home) != pid
 

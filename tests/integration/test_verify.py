@@ -29,6 +29,7 @@ from search.storage import Studies, StudyStore
 from search.study_file import load_study, studies_folder
 from search.verify import verify
 from search.weights_file import seal_of
+from tests.patience import PATIENCE_S
 
 BETTER = ("method.best_share=0.9", "method.noise=0.001")
 """A known function whose best weights are clearly better than every control."""
@@ -85,7 +86,8 @@ def command(*arguments: str, home: Path, **more: str) -> subprocess.CompletedPro
     }
     return subprocess.run(
         [sys.executable, "-m", "search.cli", *arguments],
-        env=environment | {"BDENSE_HOME": str(home)} | more, capture_output=True, text=True, timeout=200, check=False,
+        env=environment | {"BDENSE_HOME": str(home)} | more,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
 
 

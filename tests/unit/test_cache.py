@@ -16,6 +16,7 @@ import bdense_core
 from bdense_core.cache import Recomputed, TrajectoryCache
 from bdense_core.errors import CacheError
 from bdense_core.integrity import check_cache
+from tests.patience import PATIENCE_S
 
 IDENTITY = {"teacher": "abc", "seed": 1}
 NUM_ROWS, SHARD_ROWS = 45, 4  # of the last of 12 shards one row is wanted
@@ -266,7 +267,7 @@ def row_values(first, end):
     return torch.arange(first, end).view(-1, 1, 1) + torch.tensor([[0, 0.25], [0.5, 0.75]])
 
 def wait_for(condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:
             sys.exit("deadline")
@@ -337,7 +338,7 @@ def start(tmp_path):
 def test_three_workers_fill_one_cache_together_and_no_shard_twice(tmp_path, start):
     """Many small shards, so that often one looks for a shard while another is just putting it in place."""
     workers = [start(SHARING, name) for name in ("a", "b", "c")]
-    outputs = [worker.communicate(timeout=240) for worker in workers]
+    outputs = [worker.communicate(timeout=PATIENCE_S) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0, 0], outputs
     counts = [int(stdout) for stdout, _ in outputs]
     assert min(counts) >= 1
@@ -351,7 +352,7 @@ def test_three_workers_fill_one_cache_together_and_no_shard_twice(tmp_path, star
 
 def test_a_worker_killed_while_it_computes_frees_its_shard(tmp_path, start):
     worker = start(ENDLESS, "doomed")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "seen" / "computing").exists():
         assert worker.poll() is None, worker.communicate()
         assert time.monotonic() < deadline
@@ -372,7 +373,7 @@ def test_a_worker_killed_while_it_computes_frees_its_shard(tmp_path, start):
 def test_a_worker_killed_while_it_writes_leaves_no_shard_and_the_next_one_tidies_up(tmp_path, start):
     """The kernel ends the worker in the middle of its write: the limit's signal is not caught."""
     worker = start(LARGE, "dies")
-    worker.communicate(timeout=120)
+    worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == -signal.SIGXFSZ
     root = tmp_path / "cache"
     (left,) = leftovers(root)
@@ -388,7 +389,7 @@ def test_a_worker_killed_while_it_writes_leaves_no_shard_and_the_next_one_tidies
 def test_a_full_disk_is_an_error_of_the_cache_and_leaves_nothing(tmp_path, start):
     """A limit on the size of files stands for the disk: the write itself fails."""
     worker = start(LARGE, "fails")
-    stdout, stderr = worker.communicate(timeout=120)
+    stdout, stderr = worker.communicate(timeout=PATIENCE_S)
     assert worker.returncode == 0, stderr
     root = tmp_path / "cache"
     assert f"the teacher cache {root}" in stdout

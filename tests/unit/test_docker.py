@@ -27,6 +27,7 @@ import yaml
 from search.settings import mask, normalise_url
 from tests import compose_file
 from tests.compose_file import DOCKER, ROOT
+from tests.patience import PATIENCE_S
 
 CLUSTER = DOCKER / "cluster"
 ENTRYPOINT = DOCKER / "entrypoint.sh"
@@ -531,7 +532,7 @@ def caddy(tmp_path: Path, page: int) -> Iterator[int]:
     with log.open("w") as output:
         process = subprocess.Popen([program, "run", "--config", file], env=environment, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while True:  # until it listens and has made its certificate
             try:
                 login_status(port, None)
@@ -542,7 +543,7 @@ def caddy(tmp_path: Path, page: int) -> Iterator[int]:
         yield port
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def test_caddy_lets_in_who_knows_the_password_and_nobody_else(caddy: int) -> None:

@@ -31,6 +31,7 @@ from search.settings import Settings
 from search.spec import identity_of
 from search.verify import Check, table, verify
 from search.version import code_version, package_version
+from tests.patience import PATIENCE_S
 
 STORED = Path(__file__).parent / "weights-1.json"
 
@@ -403,8 +404,9 @@ def test_the_python_form_runs_without_this_package(content: Content, tmp_path: P
     )
     file = written(tmp_path / "snippet.py", script)
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(file)], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
-    )
+        [sys.executable, "-I", "-S", str(file)],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=True, cwd=tmp_path,
+    )  # fmt: skip
     values, stored = map(json.loads, done.stdout.splitlines())
     for time, row in zip(times, values, strict=True):
         (expected,) = weights_at(schedule, tuple(content["weights"]), time, 1)

@@ -17,6 +17,7 @@ from bdense_core.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
+from tests.patience import PATIENCE_S
 
 
 def test_a_file_is_written_with_its_folders_and_replaced_whole(tmp_path):
@@ -82,7 +83,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_old_file_alone(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(Path(bdense_core.__file__).parents[1])}
     command = [sys.executable, "-c", script, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=True)
     assert done.stdout == "File too large\n"
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

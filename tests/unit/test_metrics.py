@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bdense_core.errors import BadValue
 from search.metrics import Metrics
+from tests.patience import PATIENCE_S
 from tests.rows import claim, row
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -19,7 +20,7 @@ OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 def scraped(metrics: Metrics) -> dict[str, float]:
     """By name, and by `STATE ROLE` for trials."""
     with metrics.served(0) as address:
-        text = requests.get(address, timeout=10).text
+        text = requests.get(address, timeout=PATIENCE_S).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     assert {sample.labels["study"] for sample in samples} == {"digits"}
     return {
@@ -114,6 +115,6 @@ def test_the_documented_metrics_are_those_that_are_served() -> None:
     metrics = Metrics("digits")
     metrics.refresh([row(0, value=1.0)])
     with metrics.served(0) as address:
-        served = re.findall(r"^(bdense_\w+)\{", requests.get(address, timeout=10).text, re.MULTILINE)
+        served = re.findall(r"^(bdense_\w+)\{", requests.get(address, timeout=PATIENCE_S).text, re.MULTILINE)
     documented = re.findall(r"^\| `(bdense_\w+)` \|", OPERATIONS.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(documented) == sorted(set(served)) != []

@@ -15,6 +15,7 @@ from safetensors.torch import save
 import bdense_core
 from bdense_core.errors import CheckpointError
 from bdense_core.snapshots import Snapshots
+from tests.patience import PATIENCE_S
 
 IDENTITY = {"teacher": "abc", "network": {"dropout": 0.1, "channel_mult": (1, 2)}}
 
@@ -287,7 +288,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_last_snapshot(tmp_path):
     """A limit on the size of files stands for the disk: the write itself fails."""
     save_steps(tmp_path, 10)
     writer = start(LARGE, tmp_path, "fails")
-    stdout, stderr = writer.communicate(timeout=120)
+    stdout, stderr = writer.communicate(timeout=PATIENCE_S)
     assert writer.returncode == 0, stderr
     assert f"the snapshots in {tmp_path} cannot be written: File too large; free some space" in stdout
     assert leftovers(tmp_path) == []
@@ -298,7 +299,7 @@ def test_a_writer_killed_in_its_write_leaves_no_snapshot_and_the_next_one_tidies
     """The kernel ends it in the middle of the write: the limit's signal is not caught."""
     save_steps(tmp_path, 10)
     writer = start(LARGE, tmp_path, "dies")
-    writer.communicate(timeout=120)
+    writer.communicate(timeout=PATIENCE_S)
     assert writer.returncode < 0
     assert len(leftovers(tmp_path)) == 1
     snapshots = make(tmp_path)
@@ -311,7 +312,7 @@ def test_a_writer_killed_in_its_write_leaves_no_snapshot_and_the_next_one_tidies
 def test_two_writers_of_one_run_do_not_harm_each_other(tmp_path):
     """The first worker of a trial was taken for dead and is not."""
     writers = [start(RACING, tmp_path, name) for name in ("a", "b")]
-    outputs = [writer.communicate(timeout=240) for writer in writers]
+    outputs = [writer.communicate(timeout=PATIENCE_S) for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0], outputs
     assert leftovers(tmp_path) == []
     assert len(steps(tmp_path)) == 2

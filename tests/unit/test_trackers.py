@@ -22,6 +22,7 @@ from search.records import Row
 from search.trackers import feed
 from search.trackers.feed import Feed
 from search.trackers.runs import Run, Tracked, Tracker
+from tests.patience import PATIENCE_S
 from tests.rows import claim, row
 
 STUDY = Tracked(
@@ -96,7 +97,7 @@ def told(tracker: Tracker, events: Callable[[Feed], None]) -> None:
     listener = Feed("notebook", tracker, STUDY)
     events(listener)
     listener.finish()
-    listener.wait(time.monotonic() + 60)
+    listener.wait(time.monotonic() + PATIENCE_S)
 
 
 FURTHER = [["rho", 0.5], ["fd@8", 1.75], ["fd[guidance=1,tag=false]", 2.5]]
@@ -226,7 +227,7 @@ def test_a_launch_waits_for_no_tracker_and_at_its_end_only_until_the_deadline(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "warning: tracker notebook does not take what is left in time; the rest is not sent"
     stuck.answer.set()
-    listener.wait(time.monotonic() + 60)
+    listener.wait(time.monotonic() + PATIENCE_S)
     assert stuck.ends[3]["state"] == "COMPLETE"
 
 
@@ -244,7 +245,7 @@ def test_a_tracker_that_falls_behind_loses_losses_first_and_then_everything(
         listener.progressed(trial, score(number, 1.0))
     stuck.answer.set()
     listener.finish()
-    listener.wait(time.monotonic() + 60)
+    listener.wait(time.monotonic() + PATIENCE_S)
     behind, off = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"warning: tracker notebook is [34] events behind; some losses are left out", behind)
     assert off == "warning: tracker notebook is 5 events behind: it is switched off, and the launch goes on"

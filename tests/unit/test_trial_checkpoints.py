@@ -26,6 +26,7 @@ from search.checkpoints import Checkpoints
 from search.sections import CheckpointSection
 from search.study_file import load_study
 from search.worker import payload, run_trial
+from tests.patience import PATIENCE_S
 
 Result = dict[str, Any]
 
@@ -53,12 +54,12 @@ class Hanging(MemoryFileSystem):
 
     def find(self, *arguments: Any, **named: Any) -> Any:
         if "find" in self.hangs:
-            self.let_go.wait(60)
+            self.let_go.wait(PATIENCE_S)
         return super().find(*arguments, **named)
 
     def put_file(self, *arguments: Any, **named: Any) -> Any:
         if "put" in self.hangs:
-            self.let_go.wait(60)
+            self.let_go.wait(PATIENCE_S)
         return super().put_file(*arguments, **named)
 
 
@@ -68,7 +69,7 @@ class Crowded(MemoryFileSystem):
     protocol = "crowded"
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=PATIENCE_S)
 
     def pipe_file(self, *arguments: Any, **named: Any) -> None:
         super().pipe_file(*arguments, **named)
