@@ -21,6 +21,7 @@ from search.console import (
     load_settings,
     print_table,
     print_values,
+    ray_option,
     storage_comment,
     storage_option,
     study_option,
@@ -49,7 +50,7 @@ def commands() -> None:
 @click.argument("file", metavar="[STUDY.yaml]", required=False, type=click.Path(path_type=Path))
 @click.option("--study", "name", metavar="NAME", help="The study's name; default: the file's.")
 @storage_option
-@click.option("--ray-address", metavar="ADDR", help="Join a Ray cluster (HOST:PORT) instead of starting a local Ray.")
+@ray_option
 @click.option("--trials", type=click.IntRange(min=0), help="The study's total of searched trials.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key of the file; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved study and the work it means; touch nothing.")
@@ -115,7 +116,9 @@ def launch(
             models=settings.models,
             tolerate_missing=dry_run,
         )
-    if name and not file and stored is None and not dry_run:
+    if name and not file and dry_run:
+        say(f"note: a plan asks no database; without a file it is that of digits.yaml, under the name {name!r}")
+    elif name and not file and stored is None:
         say(f"note: there is no study {name!r} yet; it begins as the quickstart does, from digits.yaml")
     for note in quality.notes(study):
         say(f"note: {note}")
@@ -152,8 +155,14 @@ def list_studies(storage: str | None, form: str) -> None:
     from dataclasses import asdict
 
     from search import report
+    from search.errors import StudyNotFound, StudyUnreadable
 
-    summaries = [store.summary() for store in _studies(storage).ours()]
+    studies, summaries = _studies(storage), []
+    for study in studies.ours():
+        try:
+            summaries.append(studies.open(study).summary())
+        except (StudyNotFound, StudyUnreadable) as error:  # deleted just now, or made by another version
+            say(f"note: {study} is left out: {error}")
     if form == "json":
         click.echo(json.dumps([asdict(summary) for summary in summaries], indent=2))
     else:

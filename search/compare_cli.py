@@ -15,6 +15,7 @@ from search.console import (
     format_option,
     load_settings,
     print_table,
+    ray_option,
     storage_comment,
     storage_option,
     study_option,
@@ -34,9 +35,6 @@ _log_option = click.option(
     "--log-format", default="text", show_default=True, type=click.Choice(logs.FORMATS),
     help="What goes to standard error: lines for people, or one JSON object a line.",
 )  # fmt: skip
-_ray_option = click.option(
-    "--ray-address", metavar="ADDR", help="Join a Ray cluster (HOST:PORT) instead of starting a local Ray."
-)
 tracker_option = click.option(
     "--tracker", "tracked_by", multiple=True, type=click.Choice(NAMES), help="Send runs to a tracker; repeatable.",
 )  # fmt: skip
@@ -45,7 +43,7 @@ tracker_option = click.option(
 @click.command()
 @study_option
 @storage_option
-@_ray_option
+@ray_option
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1, 100), help="Searched trials, best first.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(2, 100), help="Fresh training seeds.")
 @_log_option
@@ -89,7 +87,7 @@ def confirm(
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1, 100), help="Candidates of the file.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(2, 100), help="Training seeds of each.")
 @storage_option
-@_ray_option
+@ray_option
 @_log_option
 @tracker_option
 @format_option("table", "json")

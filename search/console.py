@@ -47,6 +47,11 @@ storage_option = click.option(
     help="A PostgreSQL; default: OPTUNA_STORAGE, else the embedded server.",
     callback=_hide_password,
 )
+ray_option = click.option(
+    "--ray-address",
+    metavar="ADDR",
+    help="A Ray cluster (HOST:PORT, or auto) that this machine is a node of; default: RAY_ADDRESS, else a local Ray.",
+)
 study_option = click.option("--study", "name", metavar="NAME", required=True, help="The study's name.")
 device_option = click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:NUMBER.")
 threads_option = click.option(

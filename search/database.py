@@ -13,7 +13,7 @@ import tenacity
 from optuna.storages import RDBStorage
 from psycopg2 import extensions
 from sqlalchemy import Connection, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from bdense_core.errors import BDenseError
@@ -22,6 +22,10 @@ from search.settings import mask
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+IS_GONE = "the study is gone: somebody deleted it"
+_NO_SUCH_ROW = "23503"
+"""PostgreSQL's name for a row that would point to one that is not there."""
 
 # Nobody waits for ever for a study's lock, and a launcher that is frozen while it holds it loses it.
 _LOCK_S = 120
@@ -154,7 +158,7 @@ class Database:
                 ) from error
             self._end_outage(attempt.retry_state)
             if _is_gone(error):
-                raise StudyNotFound("the study is gone: somebody deleted it") from error
+                raise StudyNotFound(IS_GONE) from error
             raise
         raise AssertionError("unreachable: an attempt returns or raises")
 
@@ -232,7 +236,9 @@ def _sqlstate(error: DBAPIError) -> str | None:
 
 
 def _is_gone(error: Exception) -> bool:
-    """Whether it is what Optuna says of a study, or of a trial of it, that was deleted."""
+    """Whether it is what Optuna or PostgreSQL says of a study, or of a trial of it, that was deleted."""
+    if isinstance(error, IntegrityError):
+        return _sqlstate(error) == _NO_SUCH_ROW
     return isinstance(error, KeyError) and error.args == ("Record does not exist.",)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from bdense_core.errors import BadValue, ConfigError
+from bdense_core.files import sha256_of
 from bdense_core.methods.base import with_settings
 from search.comparison import are_equal
 from search.errors import NothingFinished
 from search.noise import choosable
 from search.records import CONTROL, Row
 from search.sections import Arm, ComparisonSection
-from search.spec import Study, validate
+from search.spec import LONGEST_NAME, Study, validate
 from search.storage import Studies, StudyStore
 from search.study_file import load_study
 from search.tuning import value_of
@@ -27,12 +28,17 @@ _FRESH_OF_TRANSFER = 2000
 
 def confirmation_name(study: str) -> str:
     """What the study is called that confirms another one."""
-    return f"{study}.confirm"
+    return _fitting(f"{study}.confirm")
 
 
 def transfer_name(target: str, source: str, nfe: int) -> str:
     """What the study is called that runs a source's weights on a target."""
-    return f"{target}.{source}.nfe{nfe}"
+    return _fitting(f"{target}.{source}.nfe{nfe}")
+
+
+def _fitting(name: str) -> str:
+    """A name that the database takes: the end of one that is too long gives way to its hash."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{sha256_of(name)[:8]}"
 
 
 def confirmation(studies: Studies, name: str, *, top: int, seeds: int) -> Study:

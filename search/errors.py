@@ -4,6 +4,7 @@
       StorageError              the database, or what is (not) in it
         StudyNotFound           no study of that name; the message lists the names there are
         StudyExists             the name is taken by a study with other settings
+        StudyUnreadable         another version stored it, with settings that this one does not know
         StudyBusy               trials of it are running, so it is not deleted
         NothingFinished         no trial has ended, so there is nothing to show or export
         LeaseLost               the trial belongs to somebody else now; its result is dropped
@@ -31,6 +32,7 @@ __all__ = [
     "StudyBusy",
     "StudyExists",
     "StudyNotFound",
+    "StudyUnreadable",
     "TrackerError",
     "UnlikeProtocols",
 ]
@@ -46,6 +48,10 @@ class StudyNotFound(StorageError):
 
 class StudyExists(StorageError):
     """The name is taken by a study whose settings differ; nothing was changed."""
+
+
+class StudyUnreadable(StorageError):
+    """Another version stored the study, with settings that this one does not know."""
 
 
 class StudyBusy(StorageError):

@@ -46,9 +46,10 @@ def draw_samples(
     """Write images of a network as a grid, and on request one by one and as an array; returns the NFE."""
     network, sampler = _opened(source, models, solver, steps, device)
     parts: list[Tensor] = []
+    if png is not None:
+        _make(png)
     for images in draw(network, sampler, count=count, seed=seed, label=label, batch=batch):
         if png is not None:
-            png.mkdir(parents=True, exist_ok=True)
             write_pngs(images, png, first=sum(map(len, parts)))
         parts.append(images)
     images = torch.cat(parts)
@@ -129,6 +130,13 @@ def _opened(
         raise BadValue(f"{source} has a sampler of its own, of NFE {own.nfe}; leave --solver and --steps out")
     network = place(load_network(file), check_device(device))
     return network, own or teacher_sampler(solver or "dpmpp", steps or 12)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BDenseError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
 def _write_npz(path: Path, pixels: "np.ndarray[Any, Any]") -> None:

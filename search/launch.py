@@ -19,7 +19,7 @@ from search.errors import StorageError
 from search.logs import say
 from search.metrics import Metrics
 from search.places import check_writable
-from search.preflight import preflight
+from search.preflight import files_of, preflight
 from search.settings import Settings
 from search.spec import Study, mutable_values
 from search.storage import Studies, StudyStore
@@ -85,7 +85,10 @@ def _called(settings: Settings) -> str | None:
 
 
 def stored_study(name: str, settings: Settings) -> Study | None:
-    """The study of that name if there is one; nothing is started or made for looking, but an embedded server.
+    """The study of that name as it was launched last, if there is one.
+
+    What people have set since stays, as it does when a file is launched again. Nothing is started or made for
+    looking, but an embedded server.
 
     Raises:
         StorageError: the database cannot be used.
@@ -94,7 +97,7 @@ def stored_study(name: str, settings: Settings) -> Study | None:
         return None
     studies = found_studies(settings)
     try:
-        return studies.open(name).study if name in studies.names() else None
+        return studies.open(name).as_launched() if name in studies.names() else None
     finally:
         studies.database.close()
 
@@ -237,7 +240,7 @@ def _run(store: StudyStore, settings: Settings, metrics: Metrics, tracked_by: Se
 
 
 def _node_check(study: Study, settings: Settings, kept_at: Checkpoints | None) -> "NodeCheck | None":
-    """Whether all nodes of a cluster run this code, and see the folders that trials need; asked for the first time."""
+    """Whether all nodes of a cluster run this code, and see what trials need; asked for the first time."""
     from search.nodes import NodeCheck
 
     if settings.ray_address is None:
@@ -246,7 +249,7 @@ def _node_check(study: Study, settings: Settings, kept_at: Checkpoints | None) -
     folders = [settings.create(settings.cache)] if keeps_cache_here else []
     if kept_at is not None and "://" not in kept_at.root:
         folders.append(Path(kept_at.root))
-    check = NodeCheck(study.spec.resources, folders)
+    check = NodeCheck(study.spec.resources, files=files_of(study), folders=folders)
     for warning in check.run():
         say(f"warning: {warning}", level=logging.WARNING)
     return check

@@ -24,8 +24,8 @@ from bdense_core.errors import BDenseError
 from bdense_core.methods.base import with_settings
 from bdense_core.weights import shares
 from search import queries
-from search.database import Database, outlasting
-from search.errors import LeaseLost
+from search.database import IS_GONE, Database, outlasting
+from search.errors import LeaseLost, StudyNotFound
 from search.owner import is_dead_here, this_process
 from search.records import SEARCH, Claim, Params
 from search.samplers import make_pruner, make_sampler, suggest
@@ -127,7 +127,8 @@ class Trials:
             return None
         if are_waiting:
             return self._optuna.ask()
-        # `ask` would read all trials to see whether one waits; we know.
+        # `ask` would read all trials to see whether one waits; we know. As it does, forget what samplers have read.
+        self._optuna._thread_local.cached_all_trials = None
         return optuna.trial.Trial(self._optuna, self._optuna._storage.create_new_trial(self._optuna._study_id))
 
     def _due(self) -> tuple[bool, bool]:
@@ -334,7 +335,10 @@ class Trials:
         return LeaseLost(f"trial {number} is no longer owned by this launcher; its result is dropped")
 
     def _lease(self, connection: Connection, trial_id: int) -> tuple[str, str | None]:
-        state, owner = connection.execute(queries.LEASE, {"trial": trial_id}).one()
+        found = connection.execute(queries.LEASE, {"trial": trial_id}).one_or_none()
+        if found is None:
+            raise StudyNotFound(IS_GONE)
+        state, owner = found
         return state, json.loads(owner) if owner else None
 
     # -- RUNNING without a live owner
@@ -356,7 +360,7 @@ class Trials:
                 if lease.owner is None:
                     with self.database.transaction() as connection:
                         self._wait_again(connection, trial_id)
-                elif is_dead_here(lease.owner):
+                elif lease.owner != self.owner and is_dead_here(lease.owner):
                     lost += self._lose(trial_id, "its launcher ended without giving it back")
                 elif lease.silent_s is None:
                     with self.database.transaction() as connection:

@@ -1,6 +1,7 @@
-"""Does every node of a cluster run the code that this launcher runs, and see the folders that it uses?
+"""Does every node of a cluster run the code that this launcher runs, and see the files and folders that it uses?
 
-A node with other code or another torch gives other scores, silently; a study must not mix them.
+A node with other code or another torch gives other scores, silently; a study must not mix them. On one without the
+teacher every trial fails.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ _CODE = "bdense-search"
 class _Answer:
     node: str
     versions: dict[str, str]
+    absent: list[str]
     unseen: list[str]
     read_only: list[str]
 
@@ -37,13 +39,15 @@ class _Answer:
 class NodeCheck:
     """Asks each node once; `run` it again to have the nodes asked that joined since."""
 
-    def __init__(self, resources: ResourcesSection, folders: Sequence[Path] = ()) -> None:
+    def __init__(self, resources: ResourcesSection, *, files: Sequence[str] = (), folders: Sequence[Path] = ()) -> None:
         """
         Args:
             resources: nodes too small for such a trial are not asked.
+            files: that trials will read.
             folders: of this machine, there already, that trials will use on theirs.
         """
         self._resources = resources
+        self._files = list(files)
         self._folders = [str(folder.resolve()) for folder in folders]
         self._asked: set[str] = set()
         self._silent: dict[str, float] = {}  # when they are asked again
@@ -55,8 +59,9 @@ class NodeCheck:
             One warning for each folder that a node does not see or cannot write to, or this machine cannot.
 
         Raises:
-            ClusterError: a node has other code or other packages, or cannot import the code; at the first time also:
-                it does not answer. Later that is a warning, given once, and it is asked again after minutes.
+            ClusterError: a node has other code or other packages, cannot import the code, or lacks a file; at the
+                first time also: it does not answer. Later that is a warning, given once, and it is asked again after
+                minutes.
         """
         new = {
             node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
@@ -67,7 +72,8 @@ class NodeCheck:
         if not new:
             return []
         with _markers(self._folders) as (markers, unmarked):
-            answers, silent = _ask(new, markers, _JOINED_ANSWER_WITHIN_S if self._asked else _ANSWER_WITHIN_S)
+            timeout_s = _JOINED_ANSWER_WITHIN_S if self._asked else _ANSWER_WITHIN_S
+            answers, silent = _ask(new, self._files, markers, timeout_s)
         no_answer = [
             f"node {new[node_id]} does not answer; look at it with `ray status`"
             for node_id in silent - self._silent.keys()
@@ -75,12 +81,7 @@ class NodeCheck:
         if silent and not self._asked:
             raise ClusterError(f"{no_answer[0]}, or take it out of the cluster")
         self._silent |= dict.fromkeys(silent, time.monotonic() + _SILENT_AGAIN_AFTER_S)
-        expected = _probe()([])["versions"]
-        if wrong := [text for answer in answers if (text := _differences(answer, expected))]:
-            raise ClusterError(
-                f"{'; '.join(wrong)}. Trials there would not be comparable: install the same code and packages on "
-                "every node, restart Ray there, and launch again"
-            )
+        _check(answers)
         self._asked |= new.keys() - silent
         unseen = [warning for answer in answers for warning in _warnings(answer)]
         return no_answer + (unmarked if answers else []) + unseen
@@ -89,14 +90,16 @@ class NodeCheck:
         return time.monotonic() < self._silent.get(node_id, 0.0)
 
 
-def _ask(nodes: dict[str, str], markers: list[str], timeout_s: float) -> tuple[list[_Answer], set[str]]:
+def _ask(
+    nodes: dict[str, str], files: list[str], markers: list[str], timeout_s: float
+) -> tuple[list[_Answer], set[str]]:
     """The answers, and which nodes gave none in time."""
     questions = {}
     for node_id in nodes:
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
         # no CPU: a node that is busy answers too
         task = ray.remote(_probe()).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
-        questions[task.remote(markers)] = node_id
+        questions[task.remote(files, markers)] = node_id
     answered, late = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
     for question in late:
         ray.cancel(question, force=True)
@@ -114,11 +117,11 @@ def _answer(name: str, question: Any) -> _Answer:
         ) from error
 
 
-def _probe() -> Callable[[list[str]], dict[str, Any]]:
+def _probe() -> Callable[[list[str], list[str]], dict[str, Any]]:
     """The question. A nested function travels by value, so it reaches nodes that do not have this package."""
     packages, code = _PACKAGES, _CODE
 
-    def probe(markers: list[str]) -> dict[str, Any]:
+    def probe(files: list[str], markers: list[str]) -> dict[str, Any]:
         import os
         import platform
         from importlib import metadata
@@ -135,15 +138,31 @@ def _probe() -> Callable[[list[str]], dict[str, Any]]:
             versions[code] = f"source {source_fingerprint()}"
         except Exception as error:  # noqa: BLE001  # whatever an unknown installation raises is the answer
             versions[code] = f"not importable: {type(error).__name__}: {error}"
+        absent = [file for file in files if not os.path.exists(file)]  # noqa: PTH110
         unseen = [marker for marker in markers if not os.path.exists(marker)]  # noqa: PTH110
         read_only = [
             marker
             for marker in markers
             if marker not in unseen and not os.access(os.path.dirname(marker), os.W_OK)  # noqa: PTH120
         ]
-        return {"versions": versions, "unseen": unseen, "read_only": read_only}
+        return {"versions": versions, "absent": absent, "unseen": unseen, "read_only": read_only}
 
     return probe
+
+
+def _check(answers: list[_Answer]) -> None:
+    expected = _probe()([], [])["versions"]
+    if wrong := [text for answer in answers if (text := _differences(answer, expected))]:
+        raise ClusterError(
+            f"{'; '.join(wrong)}. Trials there would not be comparable: install the same code and packages on "
+            "every node, restart Ray there, and launch again"
+        )
+    lacking = [f"node {answer.node} has no {' and no '.join(answer.absent)}" for answer in answers if answer.absent]
+    if lacking:
+        raise ClusterError(
+            f"{'; '.join(lacking)}. Trials read that: put it there at the same path, such as by a BDENSE_HOME on "
+            "storage that all nodes have, and launch again"
+        )
 
 
 def _differences(answer: _Answer, expected: dict[str, str]) -> str:

@@ -126,8 +126,10 @@ def _why_not(address: str | None, error: Exception) -> str:
         return f"a local Ray does not start: {_first_line(error)}; its logs are in /tmp/ray/session_latest/logs"
     if "Version mismatch" in str(error):
         return f"the Ray cluster at {address} runs other versions: {' '.join(str(error).split())}; install the same"
-    what = f"no Ray cluster answers at {address}: {_first_line(error)}"
-    return f"{what}; check --ray-address, or leave it out for a local Ray"
+    return (
+        f"cannot join the Ray cluster at {address}: {_first_line(error)}; check that this machine is a node of it: one "
+        f"that only launches becomes one by `ray start --address={address} --num-cpus=0 --num-gpus=0`"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+from bdense_core import assets
 from bdense_core.dataset_names import DATASET_NAMES
 from bdense_core.errors import CacheError
 from bdense_core.integrity import cache_bytes, check_cache, check_file, read_metadata
@@ -38,6 +39,15 @@ def preflight(study: Study, settings: Settings) -> None:
         check_reference(study.evaluation.features, study.evaluation.reference)
     check_cache(settings.cache, at_most_bytes=_CHECKED_CACHE_BYTES)
     _check_room(study, settings.cache)
+
+
+def files_of(study: Study) -> list[str]:
+    """What trials read that did not come with the package, by its path."""
+    at = study.evaluation
+    known = [study.teacher, *((at.features, at.reference) if at else ())]
+    shipped = {assets.hashed(name).sha256 for name in assets.names()}
+    own = [file.path for file in known if file and file.sha256 not in shipped]
+    return own + ([study.dataset] if study.dataset and study.dataset not in DATASET_NAMES else [])
 
 
 def _check_room(study: Study, cache: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from bdense_core import assets
 from bdense_core.errors import BadValue, ConfigError, UnknownKey
 from bdense_core.files import HashedFile, sha256_of
 from bdense_core.methods import AnyMethod
@@ -42,10 +43,14 @@ def _or_nothing(section: Any) -> Any:
     return {} if section is None else section
 
 
+LONGEST_NAME = 80
+"""Characters of a study's name."""
+
+
 class StudySpec(Section):
     """One study file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+    name: str = Field(pattern=rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}$")
     """What the study is called in its database: letters, digits, `.`, `_` and `-`."""
     description: str = ""
     dataset: str = "digits"
@@ -348,17 +353,17 @@ class Study:
                 {key: value for key, value in stored.items() if key != "files"},
                 f"the stored study {stored.get('name')!r}",
             ),
-            teacher=HashedFile(**teacher) if teacher else None,
+            teacher=assets.here(HashedFile(**teacher)) if teacher else None,
             evaluation=Evaluation(
                 **{
                     **evaluation,
-                    "features": HashedFile(**evaluation["features"]),
-                    "reference": HashedFile(**evaluation["reference"]),
+                    "features": assets.here(HashedFile(**evaluation["features"])),
+                    "reference": assets.here(HashedFile(**evaluation["reference"])),
                 }
             )
             if evaluation
             else None,
-            dataset=files.get("dataset", {}).get("path"),
+            dataset=(files.get("dataset") or {}).get("path"),
         )
 
     def identity(self) -> dict[str, Any]:

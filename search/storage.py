@@ -16,12 +16,12 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 
-from bdense_core.errors import BadValue, UnknownKey
+from bdense_core.errors import BadValue, BDenseError, UnknownKey
 from bdense_core.files import sha256_of
 from bdense_core.methods.base import Axis, with_settings
 from search.checkpoints import Checkpoints
 from search.database import Database, outlasting
-from search.errors import StudyBusy, StudyExists, StudyNotFound
+from search.errors import StudyBusy, StudyExists, StudyNotFound, StudyUnreadable
 from search.lifecycle import Trials
 from search.records import SEARCH, Counts, Params, Row, StudySummary, count, last_of_chains
 from search.sections import Arm
@@ -114,6 +114,7 @@ class Studies:
 
         Raises:
             StudyNotFound: no study of that name of ours; the message lists those there are.
+            StudyUnreadable: another version made it, with settings that this one does not know.
         """
         optuna_study = self._load(name)
         if optuna_study is None:
@@ -122,7 +123,14 @@ class Studies:
         stored = optuna_study.user_attrs.get(_SPEC)
         if stored is None:
             raise StudyNotFound(f"study {name!r} was not made by this service; it has no specification")
-        return StudyStore(self.database, optuna_study, Study.from_dict(stored))
+        try:
+            study = Study.from_dict(stored)
+        except (BDenseError, KeyError, TypeError) as error:
+            maker = optuna_study.user_attrs.get(_CODE, "an unknown version")
+            raise StudyUnreadable(
+                f"study {name!r} cannot be read: {error}; {maker} made it, this is {code_version()}"
+            ) from error
+        return StudyStore(self.database, optuna_study, study)
 
     def _load(self, name: str) -> optuna.Study | None:
         try:
@@ -130,10 +138,9 @@ class Studies:
         except KeyError:
             return None
 
-    def ours(self) -> list["StudyStore"]:
-        """All studies that this service made; a database may hold others' too."""
-        stored = self.database.storage.get_all_studies()
-        return [self.open(study.study_name) for study in stored if _SPEC in study.user_attrs]
+    def ours(self) -> list[str]:
+        """The names of the studies that this service made; a database may hold others' too."""
+        return [study.study_name for study in self.database.storage.get_all_studies() if _SPEC in study.user_attrs]
 
     def comparisons_of(self, source: "StudyStore") -> list["StudyStore"]:
         """The confirmations and transfers of a search's weightings; not those of an earlier study of its name."""
@@ -237,6 +244,11 @@ class StudyStore:
     def created(self) -> str:
         """When the study was made: what tells it from another one of its name."""
         return str(self._optuna.user_attrs.get(_CREATED))
+
+    def as_launched(self) -> Study:
+        """The study as its last launch said it, without what people have set since."""
+        said = self._optuna.user_attrs.get(_LAUNCHED, {})
+        return self.study.edited({key: value for key, value in said.items() if not _is_comparison(key)})
 
     def save(self, study: Study) -> None:
         """Store the resolved study with whatever may change in it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from bdense_core import assets
 from bdense_core.distill import distill
 from bdense_core.errors import BDenseError, CacheError
 from bdense_core.methods import AnyMethod
@@ -71,7 +72,7 @@ def _results(description: dict[str, Any], node: str) -> Generator[dict[str, Any]
         return
     try:
         method = _METHOD.validate_python(description["method"])
-        task = _TASK.validate_python(description["task"])
+        task = _with_own_assets(_TASK.validate_python(description["task"]))
         with local_state(description.get("checkpoint")) as state:
             if state.folder is not None:
                 task = replace(task, snapshots=str(state.folder), snapshots_required=False)
@@ -91,6 +92,16 @@ def _results(description: dict[str, Any], node: str) -> Generator[dict[str, Any]
             "retry": isinstance(error, (OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError",
             "done": True,
         }
+
+
+def _with_own_assets(task: Task) -> Task:
+    """The task with what comes with the package read from where it is installed on this node."""
+    at = task.evaluation
+    return replace(
+        task,
+        teacher=task.teacher and assets.here(task.teacher),
+        evaluation=at and replace(at, features=assets.here(at.features), reference=assets.here(at.reference)),
+    )
 
 
 def _device_is_lost(error: Exception) -> bool:

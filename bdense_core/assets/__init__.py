@@ -36,6 +36,16 @@ def hashed(name: str) -> HashedFile:
     return HashedFile(path=str(path(name)), sha256=card(folder)["files"][file]["sha256"])
 
 
+def here(file: HashedFile) -> HashedFile:
+    """The file as this installation has it, if it came with the package: its path is another on each machine."""
+    return _by_hash().get(file.sha256, file)
+
+
+@lru_cache
+def _by_hash() -> dict[str, HashedFile]:
+    return {own.sha256: own for own in map(hashed, names())}
+
+
 def names() -> tuple[str, ...]:
     """All assets."""
     folders = sorted(found.parent.name for found in _ROOT.glob("*/card.json"))

@@ -32,6 +32,7 @@ without_database=(env --unset=OPTUNA_STORAGE --unset=PGPASSWORD)
 others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others > 0)); then
     "${without_database[@]}" srun --nodes="$others" --ntasks="$others" --exclude="$SLURMD_NODENAME" \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         ray start --address="$address" --block --temp-dir="/tmp/ray-$SLURM_JOB_ID" "${node[@]}" &
 fi
 

@@ -100,6 +100,12 @@ def test_an_unreachable_database_is_named_without_its_password(newcomer) -> None
         assert "hunter2" not in done.stderr + done.stdout
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_drawn(newcomer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = newcomer.weights("sample", "digits", "--output", "grid.png", "--png", str(tmp_path / "file" / "folder"))
+    complains(done, 1, "cannot make the folder", "file/folder")
+
+
 def test_an_unreachable_ray_cluster_ends_the_launch_before_anything_is_made(newcomer) -> None:
     done = newcomer.launch(str(SYNTHETIC), *QUICK, "--ray-address", "127.0.0.1:1")
     complains(done, 1, "no Ray cluster answers at 127.0.0.1:1")

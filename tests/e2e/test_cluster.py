@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from bdense_core import assets
+from bdense_core.checkpoints import load_network, save_network
 from search import postmaster
 from search.study_file import studies_folder
 from tests.patience import PATIENCE_S
@@ -201,6 +203,12 @@ def test_trials_run_on_another_host_that_has_neither_the_database_nor_the_launch
     cluster.add_node(prefix=two_hosts.launcher(), options=(f"--node-ip-address={two_hosts.LAUNCHER}", "--num-cpus=0"))
     cluster.add_node(prefix=two_hosts.worker(), options=(f"--node-ip-address={two_hosts.WORKER}",))
     newcomer.environment |= cluster.access() | {"OPTUNA_STORAGE": postgresql}
+    teacher = newcomer.home / "teacher.safetensors"
+    save_network(load_network(assets.hashed("digits/teacher.safetensors")), teacher, {"made": "for this test"})
+    lacking = newcomer.run(*two_hosts.launcher(), *LAUNCH, "--study", "lacking", "--set", f"teacher={teacher}", *PLAIN)
+    assert lacking.returncode == 1
+    assert f"node {two_hosts.WORKER} (bd-worker) has no {teacher}. Trials read that" in lacking.stderr
+
     command = [*two_hosts.launcher(), *LAUNCH, SYNTHETIC, "--study", "hosts", "--trials", "2", *PLAIN]
     run = newcomer.start(*command, "--set", "method.seconds=0.5")
     assert run.wait() == 0, "\n".join(run.lines)

@@ -198,6 +198,25 @@ def test_a_study_that_was_deleted_meanwhile_is_said_to_be_gone(database_url: str
     store.database.close()
 
 
+def test_what_runs_in_a_study_that_was_deleted_says_so(database_url: str) -> None:
+    """As optuna-dashboard deletes: whatever runs."""
+    store = opened(database_url, synthetic("budget.trials=0"))
+    claim = store.trials.claim()
+    assert claim is not None
+    with store.database.transaction() as connection:
+        connection.exec_driver_sql("TRUNCATE studies CASCADE")
+    trials = store.trials
+    for does in (
+        lambda: trials.beat(claim.number),
+        lambda: trials.report(claim.number, 1.0, 1, may_prune=False),
+        lambda: trials.complete(claim.number, 1.0),
+        lambda: store.database.outlast(trials.recovered),
+    ):
+        with pytest.raises(StudyNotFound, match="the study is gone: somebody deleted it"):
+            does()
+    store.database.close()
+
+
 def test_a_database_that_stays_away_is_one_clear_error(home: Path) -> None:
     database = Database(server.ensure_running(home), patience_s=0.5)
     store = Studies(database).create_or_resume(synthetic("budget.trials=0"))

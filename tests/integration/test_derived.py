@@ -160,6 +160,19 @@ def test_a_search_without_a_finished_trial_has_nothing_to_confirm(database_url: 
         confirmation(store)
 
 
+def test_studies_of_the_longest_names_are_confirmed_under_names_of_their_own(database_url: str) -> None:
+    names = [end * 80 for end in "st"]
+    confirmed = []
+    for name in names:
+        store = opened(database_url, synthetic(*SEARCH, name=name))
+        run(store)
+        studies = Studies(store.database)
+        confirmed.append(studies.create_or_resume(derived.confirmation(studies, name, top=1, seeds=2)).name)
+    assert len({*names, *confirmed}) == 4
+    assert derived.transfer_name("t", "s", 2) == "t.s.nfe2"
+    assert len({derived.transfer_name(names[0], names[1], nfe) for nfe in (2, 3)}) == 2
+
+
 def test_a_confirmation_is_not_confirmed_again(searched: StudyStore) -> None:
     Studies(searched.database).create_or_resume(confirmation(searched))
     with pytest.raises(BadValue, match="comparison itself; confirm 's'"):

@@ -54,6 +54,13 @@ def test_two_launchers_with_trials_in_flight_never_run_one_proposal_twice(databa
     assert len({tuple(row.params.values()) for row in searched}) == 16
 
 
+def test_cma_es_learns_from_what_the_launch_that_it_runs_in_has_finished(databases: list[Database]) -> None:
+    stores = launchers(databases, "sampler.kind=cmaes", "sampler.startup_trials=2", "budget.trials=16")
+    run_all(stores[:1])
+    trials = stores[0].optuna_study.get_trials(deepcopy=False)
+    assert max(trial.system_attrs.get("cma:generation", 0) for trial in trials) >= 1
+
+
 def test_a_grid_point_that_was_lost_is_run_by_its_retry_alone(databases: list[Database]) -> None:
     stores = launchers(databases, "sampler.kind=grid", "sampler.grid_points=3", "budget.trials=9")
     while (claim := stores[0].trials.claim()) and not claim.is_search:

@@ -1,17 +1,20 @@
 """Studies in a real PostgreSQL: created, resumed, edited, steered, deleted."""
 
 import json
+import logging
 from pathlib import Path
 
 import cloudpickle
 import optuna
 import pytest
+from click.testing import CliRunner
 
 from bdense_core.errors import BadValue, ConfigError
 from bdense_core.methods import Synthetic
 from bdense_core.methods.base import Control
+from search.cli import commands
 from search.database import Database
-from search.errors import StudyBusy, StudyExists, StudyNotFound
+from search.errors import StudyBusy, StudyExists, StudyNotFound, StudyUnreadable
 from search.storage import Studies
 from tests.studies import opened, run_all, run_one, states, synthetic
 
@@ -102,6 +105,16 @@ def test_an_edit_survives_a_launch_of_the_same_file_and_gives_way_to_a_changed_o
     changed = opened(database_url, synthetic("budget.trials=5"))
     assert (changed.study.spec.budget.trials, changed.study.spec.lease.grace_s) == (5, 77)
     assert studies(database_url).open("t").study.spec.budget.trials == 5
+
+
+def test_an_edit_survives_a_launch_by_the_studys_name_and_the_file_after_it(database_url: str) -> None:
+    opened(database_url, synthetic("budget.trials=3")).edit({"budget.trials": 9, "lease.grace_s": 77})
+    by_name = studies(database_url).open("t").as_launched()
+    assert opened(database_url, by_name).study.spec.budget.trials == 9
+    again = opened(database_url, synthetic("budget.trials=3"))
+    assert again.kept == {"budget.trials": 9, "lease.grace_s": 77} and again.changed == {}
+    by_name = studies(database_url).open("t").as_launched().edited({"budget.trials": 4})  # --trials 4
+    assert opened(database_url, by_name).changed == {"budget.trials": 9}
 
 
 def test_a_running_launcher_follows_edits_and_orders(database_url: str) -> None:
@@ -228,6 +241,29 @@ def test_a_study_of_an_older_version_is_read_and_goes_on(database_url: str) -> N
     again = opened(database_url, synthetic("budget.trials=2"))
     assert [row.value for row in again.rows()] == [4.0, 4.0, 4.0]
     assert run_one(again) == 3 and again.is_done()
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [
+        {"lease": {"patience": 1}},
+        {"method": {"kind": "unheard of"}},
+        {"files": {"teacher": {"path": "t", "sha256": "0", "signed_by": "somebody"}}},
+    ],
+)
+def test_a_study_of_a_newer_version_is_named_and_leaves_the_others_listed(
+    database_url: str, newer: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(database_url, synthetic(name="old"))
+    store = opened(database_url, synthetic(name="new"))
+    store.optuna_study.set_user_attr("bdense:spec", store.stored_spec | newer)
+    store.optuna_study.set_user_attr("bdense:code_version", "9.0.0")
+    with pytest.raises(StudyUnreadable, match=r"study 'new' cannot be read: .*9\.0\.0 made it, this is"):
+        studies(database_url).open("new")
+    caplog.set_level(logging.INFO)
+    done = CliRunner().invoke(commands, ["list", "--format", "json", "--storage", database_url])
+    assert [study["name"] for study in json.loads(done.stdout)] == ["old"]
+    assert "note: new is left out: study 'new' cannot be read" in caplog.text
 
 
 def test_nothing_that_ray_pickles_holds_the_database(database_url: str, tmp_path: Path) -> None:

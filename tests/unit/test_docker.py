@@ -686,7 +686,7 @@ def test_the_slurm_job_starts_a_head_the_other_nodes_and_a_launcher_that_alone_k
     assert head["head"] and not head["block"] and (head["num_cpus"], head["num_gpus"]) == (8, 1)
     arguments = calls["srun"][0]
     start = arguments.index("ray")
-    assert {*arguments[:start]} == {"--nodes=2", "--ntasks=2", "--exclude=node7"}
+    assert {*arguments[:start]} == {"--nodes=2", "--ntasks=2", "--cpus-per-task=8", "--exclude=node7"}
     worker = check(arguments[start:]).params
     assert worker["block"] and worker["address"] == f"{socket.gethostname()}:{head['port']}"
     launched = check_weights(calls["bdense-weights"][0]).params

@@ -141,7 +141,7 @@ def test_a_method_that_trains_on_data_gets_it_by_name_or_as_a_path_that_every_no
     assert with_data(tmp_path, "digits").dataset == "digits"
     study = with_data(tmp_path, "images.npz")
     assert study.dataset == str(images)
-    assert Study.from_dict(study.to_dict()) == study
+    assert Study.from_dict(study.to_dict()).dataset == str(images)
     assert study.task((1.0,) * 3, 0, cache_root=tmp_path).dataset == str(images)
     elsewhere = replace(study, dataset="/elsewhere/images.npz")
     assert differences(study.to_dict(), elsewhere.to_dict()) == [], "where it lies is the machine's affair"
@@ -231,6 +231,17 @@ def test_a_resolved_study_survives_being_stored(path: Path) -> None:
     study = load_study(path, tolerate_missing=True)
     assert Study.from_dict(study.to_dict()) == study
     assert Study.from_dict(study.to_dict()).sha256() == study.sha256()
+
+
+def test_a_stored_study_reads_what_is_shipped_from_this_installation_and_the_rest_from_where_it_was():
+    study = load_study(studies_folder() / "digits.yaml")
+    stored = json.loads(json.dumps(study.to_dict()).replace(str(Path(assets.__file__).parent), "/another/installation"))
+    assert stored["files"]["teacher"]["path"].startswith("/another/installation")
+    assert Study.from_dict(stored) == study
+    stored["files"]["dataset"] = None  # as the weights file's schema allows
+    assert Study.from_dict(stored) == study
+    stored["files"]["teacher"] = {"path": "/own/teacher.safetensors", "sha256": "0" * 64}
+    assert Study.from_dict(stored).teacher == HashedFile(path="/own/teacher.safetensors", sha256="0" * 64)
 
 
 def test_what_no_result_depends_on_may_change_and_all_else_may_not(tmp_path: Path) -> None:

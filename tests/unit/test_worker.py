@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bdense_core.files import HashedFile
 from bdense_core.methods.base import with_settings
 from bdense_core.methods.synthetic import Synthetic
 from bdense_core.task import Score, Task
@@ -91,6 +92,32 @@ def test_images_and_learned_shares_are_passed_on_as_text_and_list(monkeypatch: p
     monkeypatch.setattr(worker, "distill", lambda *_: (event for event in [last]))
     (score,) = run_trial(payload(Synthetic(num_branches=2), task, (0,)))
     assert (b64decode(score["samples"]), score["shares_learned"]) == (b"\x89PNG", [0.25, 0.75])
+
+
+def elsewhere(file: HashedFile) -> HashedFile:
+    return replace(file, path=f"/another/installation/{Path(file.path).name}")
+
+
+def test_what_comes_with_the_package_is_read_from_this_nodes_installation() -> None:
+    keys = ("method.budget_kimg=1", "budget.every_kimg=1", "evaluation.n_samples=20", "evaluation.batch=20")
+    study = load_study(studies_folder() / "digits.yaml", overrides=keys)
+    task = study.task(uniform(4), 0, cache_root=Path())
+    assert task.teacher and task.evaluation
+    task = replace(
+        task,
+        teacher=elsewhere(task.teacher),
+        evaluation=replace(
+            task.evaluation,
+            features=elsewhere(task.evaluation.features),
+            reference=elsewhere(task.evaluation.reference),
+        ),
+        cache_root=None,
+    )
+    *_, last = run_trial(payload(study.spec.method, task, (0,)))
+    assert last["event"] == "score", last
+    unknown = replace(task, teacher=HashedFile(path="/another/teacher.safetensors", sha256="0" * 64))
+    (failed,) = run_trial(payload(study.spec.method, unknown, (0,)))
+    assert "/another/teacher.safetensors" in failed["reason"]
 
 
 def test_a_shared_cache_that_does_not_work_is_told_of_once_each_without_its_password(
