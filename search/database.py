@@ -10,7 +10,6 @@ from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import psycopg2
 import tenacity
-from optuna.storages import RDBStorage
 from psycopg2 import extensions
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
@@ -18,6 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from bdense_core.errors import BDenseError
 from search.errors import StorageError, StudyNotFound
+from search.quick_storage import QuickStorage
 from search.settings import mask
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Database:
         options = {key: value for key, value in _CONNECTION.items() if key not in given}
         try:
             with _alone(url, options):  # two launchers must not make the tables at once
-                self.storage = RDBStorage(
+                self.storage = QuickStorage(
                     url,
                     engine_kwargs={
                         "connect_args": options, "pool_pre_ping": not patience_s, "pool_size": 3, "max_overflow": 3,
