@@ -105,9 +105,10 @@ def launch(
     if trials is not None:
         overrides = (*overrides, f"budget.trials={trials}")
     settings = load_settings(storage, ray_address)
-    stored = launching.stored_study(name, settings) if name and not file and not dry_run else None
+    stored, said = launching.stored_study(name, settings) if name and not file and not dry_run else None, None
     if stored is not None:  # a name alone means the study of that name, whatever file it came from
-        study = stored.edited(dict(assignment(override, "--set") for override in overrides))
+        said = dict(assignment(override, "--set") for override in overrides)
+        study = stored.edited(said)
     else:
         study = load_study(
             file or studies_folder() / "digits.yaml",
@@ -133,6 +134,7 @@ def launch(
         dashboard_port=dashboard_port,
         metrics_port=metrics_port,
         tracked_by=tracked_by,
+        said=said,
     )
     if outcome.interrupted:
         again = typed_again(storage)

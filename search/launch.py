@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,10 +85,7 @@ def _called(settings: Settings) -> str | None:
 
 
 def stored_study(name: str, settings: Settings) -> Study | None:
-    """The study of that name as it was launched last, if there is one.
-
-    What people have set since stays, as it does when a file is launched again. Nothing is started or made for
-    looking, but an embedded server.
+    """The study of that name if there is one; nothing is started or made for looking, but an embedded server.
 
     Raises:
         StorageError: the database cannot be used.
@@ -97,7 +94,7 @@ def stored_study(name: str, settings: Settings) -> Study | None:
         return None
     studies = found_studies(settings)
     try:
-        return studies.open(name).as_launched() if name in studies.names() else None
+        return studies.open(name).study if name in studies.names() else None
     finally:
         studies.database.close()
 
@@ -110,10 +107,12 @@ def launch(
     dashboard_port: int,
     metrics_port: int | None = None,
     tracked_by: Sequence[str] = (),
+    said: Collection[str] | None = None,
 ) -> Outcome:
     """Create or resume the study and run what is missing.
 
     Args:
+        said: as for `Studies.create_or_resume`.
         tracked_by: some of `trackers.NAMES`.
 
     Raises:
@@ -127,7 +126,7 @@ def launch(
         if metrics_port is not None:
             say(f"metrics: {stack.enter_context(metrics.served(metrics_port))}")
         url = storage_url(settings)
-        store = _open(study, url, settings)
+        store = _open(study, url, settings, said)
         stop_seen = store.follow().stop
         if store.is_done():
             _sweep(store, settings)
@@ -139,11 +138,12 @@ def launch(
         return _run(store, settings, metrics, tracked_by, stop_seen)
 
 
-def _open(study: Study, url: str, settings: Settings) -> StudyStore:
+def _open(study: Study, url: str, settings: Settings, said: Collection[str] | None) -> StudyStore:
     """The study in the database, with whatever an earlier launch lost back in its queue."""
     patience_s = study.spec.lease.outage_s
     database = Database(url, called=_called(settings), patience_s=patience_s, revive=_revive(settings))
-    store = Studies(database).create_or_resume(study)
+    store = Studies(database).create_or_resume(study, said=said)
+    database.patience_s = store.study.spec.lease.outage_s  # as it was set, perhaps
     say(f"study {study.name} in {database.address}")
     for key, value in store.kept.items():
         say(f"{key} stays {json.dumps(value)}, as it was set; `bdense-weights set` changes it")

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, NoReturn
 
 import optuna
@@ -416,7 +415,7 @@ class Trials:
         again = retry and tried < self.study.spec.lease.max_retries
         about = {"reason": reason, "final": not retry, "retry": again} | ({"traceback": detail} if detail else {})
         with self.database.transaction() as connection:
-            if connection.execute(queries.FAIL, {"trial": trial_id, "now": datetime.now()}).rowcount:
+            if connection.execute(queries.FAIL, {"trial": trial_id}).rowcount:
                 connection.execute(queries.SET, {"trial": trial_id, "values": json.dumps(about)})
         stored = storage.get_trial(trial_id)
         if _is_owed_a_retry(stored):

@@ -23,7 +23,7 @@ SET = text(
 WAIT = text("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial AND state = 'RUNNING'")
 """A running trial waits."""
 FAIL = text(
-    "UPDATE trials SET state = 'FAIL', datetime_complete = :now "
+    "UPDATE trials SET state = 'FAIL', datetime_complete = timezone('utc', clock_timestamp()) "
     "WHERE trial_id = :trial AND state IN ('RUNNING', 'WAITING')"
 )
 """A trial that has not ended fails."""

@@ -4,7 +4,7 @@ A launcher reads all running trials at each claim, so this is most of what a cla
 """
 
 from collections.abc import Container, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from json import loads
 from typing import Any, NamedTuple
@@ -74,21 +74,26 @@ class QuickStorage(RDBStorage):
 
 
 def _frozen(row: _Row) -> FrozenTrial:
-    params = [(name, value, _distribution(described)) for name, value, described in row.params or ()]
+    params = [(name, float(value), _distribution(described)) for name, value, described in row.params or ()]
     return FrozenTrial(
         trial_id=row.trial_id,
         number=row.number,
         state=TrialState[row.state],
         value=None,
         values=[_number(*value) for value in row.values] if row.values else None,
-        datetime_start=row.start,
-        datetime_complete=row.complete,
+        datetime_start=_local(row.start),
+        datetime_complete=_local(row.complete),
         params={name: distribution.to_external_repr(value) for name, value, distribution in params},
         distributions={name: distribution for name, _, distribution in params},
         user_attrs={key: loads(value) for key, value in row.user or ()},
         system_attrs={key: loads(value) for key, value in row.system or ()},
         intermediate_values={step: _number(kind, value) for step, kind, value in row.intermediate or ()},
     )
+
+
+def _local(stored: datetime | None) -> datetime | None:
+    """Optuna stores UTC and shows this machine's time, both without saying so."""
+    return stored and stored.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
 def _number(kind: str, value: float | None) -> float:

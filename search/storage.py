@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -60,10 +61,13 @@ class Studies:
         """All studies' names."""
         return sorted(study.study_name for study in self.database.storage.get_all_studies())
 
-    def create_or_resume(self, study: Study) -> "StudyStore":
+    def create_or_resume(self, study: Study, *, said: Collection[str] | None = None) -> "StudyStore":
         """The study of that name: new, or the stored one when its settings agree.
 
         Of the keys that may change, those that the launch changes are taken over; edits by `set` stay.
+
+        Args:
+            said: the keys that the launch itself gives, beside what is stored of the study; None: all, as a file does.
 
         Raises:
             StudyExists: the name is taken with other settings; nothing was changed.
@@ -76,7 +80,9 @@ class Studies:
                 store = self._resume(store, study)
             else:
                 store = self._create(study, optuna_study)
-            store.optuna_study.set_user_attr(_LAUNCHED, mutable_values(study))
+            before = {} if said is None else store.optuna_study.user_attrs.get(_LAUNCHED, {})
+            now = mutable_values(study)
+            store.optuna_study.set_user_attr(_LAUNCHED, before | {key: now[key] for key in _of(now, said)})
             store.enqueue_missing()
             return store
 
@@ -190,6 +196,11 @@ def _joined(stored: Study, wanted: Study) -> Study:
         raise StudyExists(f"study {wanted.name!r} exists: {error}; nothing was changed. {way_out}") from error
 
 
+def _of(keys: Iterable[str], said: Collection[str] | None) -> list[str]:
+    """Those keys that were said, by themselves or with their section."""
+    return [key for key in keys if said is None or any(f"{key}.".startswith(f"{given}.") for given in said)]
+
+
 def _is_comparison(key: str) -> bool:
     """Keys that grow by `joined`, without a word."""
     return key.partition(".")[0] == "comparison"
@@ -244,11 +255,6 @@ class StudyStore:
     def created(self) -> str:
         """When the study was made: what tells it from another one of its name."""
         return str(self._optuna.user_attrs.get(_CREATED))
-
-    def as_launched(self) -> Study:
-        """The study as its last launch said it, without what people have set since."""
-        said = self._optuna.user_attrs.get(_LAUNCHED, {})
-        return self.study.edited({key: value for key, value in said.items() if not _is_comparison(key)})
 
     def save(self, study: Study) -> None:
         """Store the resolved study with whatever may change in it."""

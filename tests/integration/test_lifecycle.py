@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -455,6 +456,19 @@ def test_heartbeats_do_not_depend_on_a_sessions_time_zone(database_url: str, mon
     for store in stores.values():
         silent = [lease.silent_s for lease in store.trials.leases()]
         assert len(silent) == 2 and all(seconds is not None and abs(seconds) < 600 for seconds in silent), silent
+
+
+def test_whatever_ends_a_trial_it_ended_now_by_this_machines_clock(database_url: str, zone: None) -> None:
+    store = opened(database_url, synthetic("budget.trials=3"))
+    completed, pruned, failed = (claimed(store).number for _ in range(3))
+    store.trials.complete(completed, 1.0)
+    store.trials.report(pruned, 2.0, 1, may_prune=False)
+    store.trials.prune(pruned, 2.0)
+    store.trials.fail(failed, "it went wrong", retry=False)
+    for number in (completed, pruned, failed):
+        row = store.rows()[number]
+        assert row.started and row.ended and row.started <= row.ended
+        assert abs((datetime.now() - row.ended).total_seconds()) < 600
 
 
 def test_after_a_night_with_the_lid_closed_a_launchers_own_trials_get_a_fresh_grace(database_url: str) -> None:

@@ -31,12 +31,12 @@ def described(trials: list[FrozenTrial]) -> list[str]:
 
 
 @pytest.fixture
-def study(database_url: str) -> optuna.Study:
+def study(database_url: str, zone: None) -> optuna.Study:
     study = optuna.create_study(storage=RDBStorage(database_url), directions=["minimize", "maximize"])
     attributes = {"text": "é \\ \" 'x' ☃", "nested": {"list": [1, 2.5, None, {"a": True}]}, "none": None}
     whole: dict[str, Any] = {"params": _VALUES, "distributions": _SPACE, "user_attrs": attributes}
     steps = {0: 1e300, 3: math.nan, 2: math.inf, 1: -math.inf, 10: 0.1}
-    some = [{**_VALUES, "kind": choice} for choice in (None, True, 3, 0.5)]
+    some = [{**_VALUES, "kind": choice} for choice in (None, True, 3, 0.5)] + [{**_VALUES, "z": 1.0}]
     study.ask({"z": _SPACE["z"]}).set_user_attr("running", "yes")
     study.add_trials(
         [

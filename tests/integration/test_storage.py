@@ -108,13 +108,16 @@ def test_an_edit_survives_a_launch_of_the_same_file_and_gives_way_to_a_changed_o
 
 
 def test_an_edit_survives_a_launch_by_the_studys_name_and_the_file_after_it(database_url: str) -> None:
+    by_name = studies(database_url)
     opened(database_url, synthetic("budget.trials=3")).edit({"budget.trials": 9, "lease.grace_s": 77})
-    by_name = studies(database_url).open("t").as_launched()
-    assert opened(database_url, by_name).study.spec.budget.trials == 9
-    again = opened(database_url, synthetic("budget.trials=3"))
-    assert again.kept == {"budget.trials": 9, "lease.grace_s": 77} and again.changed == {}
-    by_name = studies(database_url).open("t").as_launched().edited({"budget.trials": 4})  # --trials 4
-    assert opened(database_url, by_name).changed == {"budget.trials": 9}
+    again = by_name.create_or_resume(by_name.open("t").study, said=())
+    assert again.study.spec.budget.trials == 9 and again.kept == again.changed == {}
+    by_file = opened(database_url, synthetic("budget.trials=3"))
+    assert by_file.kept == {"budget.trials": 9, "lease.grace_s": 77} and by_file.changed == {}
+    said = {"budget.trials": 4, "checkpoints": {"every_s": 7.0}}  # as by --trials and --set
+    by_name.create_or_resume(by_name.open("t").study.edited(said), said=said)
+    by_file = opened(database_url, synthetic("budget.trials=4", "checkpoints.every_s=7"))
+    assert by_file.kept == {"lease.grace_s": 77} and by_file.changed == {}
 
 
 def test_a_running_launcher_follows_edits_and_orders(database_url: str) -> None:
