@@ -6,12 +6,12 @@ import selectors
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import psycopg2
 import tenacity
 from psycopg2 import extensions
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -29,9 +29,9 @@ _NO_SUCH_ROW = "23503"
 
 # Nobody waits for ever for a study's lock, and a launcher that is frozen while it holds it loses it.
 _LOCK_S = 120
-_LIMITS = text(
-    "SELECT set_config('lock_timeout', :lock, true), set_config('idle_in_transaction_session_timeout', '60s', true)"
-)
+_LIMIT = text("SELECT set_config('lock_timeout', :lock, true)")
+_IDLE_S = 60
+"""How long a transaction may do nothing: a launcher that is frozen in one must not keep its rows from the others."""
 _LOCK = text("SELECT pg_advisory_xact_lock(hashtext(:space), hashtext(:name))")
 _CONNECT_S = 10
 """How long a connection may take to be made, unless the URL's `connect_timeout` says otherwise."""
@@ -92,6 +92,8 @@ class Database:
                         "pool_timeout": 30,
                     },
                 )  # fmt: skip
+                event.listen(self.storage.engine, "connect", _limit)
+                self.storage.engine.dispose()  # of connections without the limit
         except (SQLAlchemyError, RuntimeError, AssertionError, UnicodeError) as error:
             raise StorageError(f"{self.address} cannot be used: {first_line(error)}") from error
 
@@ -254,10 +256,17 @@ def _let_go(connection: Connection) -> None:
         connection.close()
 
 
+def _limit(connection: Any, _record: object) -> None:
+    """Of a new connection, and not by a startup parameter, which poolers refuse."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_S}s'")
+    connection.commit()
+
+
 def _lock(connection: Connection, space: str, name: str, what: str) -> None:
     """Take a lock until the transaction's end."""
     try:
-        connection.execute(_LIMITS, {"lock": f"{_LOCK_S}s"})
+        connection.execute(_LIMIT, {"lock": f"{_LOCK_S}s"})
         connection.execute(_LOCK, {"space": space, "name": name})
     except OperationalError as error:
         if _sqlstate(error) != "55P03":
@@ -271,6 +280,7 @@ def _lock(connection: Connection, space: str, name: str, what: str) -> None:
 @contextlib.contextmanager
 def _alone(url: str, options: dict[str, str]) -> Iterator[None]:
     engine = create_engine(url, poolclass=NullPool, connect_args=options)
+    event.listen(engine, "connect", _limit)
     with engine.begin() as connection:
         _lock(connection, "bdense tables", "", "the database's tables")
         yield

@@ -23,10 +23,12 @@ from hypothesis.stateful import (
 )
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
 
 from bdense_core.errors import BadValue
 from bdense_core.methods import Synthetic
 from bdense_core.weights import log_linear
+from search import database as database_module
 from search.database import Database
 from search.errors import LeaseLost
 from search.records import Claim, Row, last_of_chains
@@ -456,6 +458,23 @@ def test_heartbeats_do_not_depend_on_a_sessions_time_zone(database_url: str, mon
     for store in stores.values():
         silent = [lease.silent_s for lease in store.trials.leases()]
         assert len(silent) == 2 and all(seconds is not None and abs(seconds) < 600 for seconds in silent), silent
+
+
+def test_a_launcher_that_is_frozen_in_the_middle_of_a_report_keeps_no_row_from_the_others(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "_IDLE_S", 1)
+    frozen, other = (opened(database_url, synthetic(*patient("budget.trials=0")), owner=name) for name in "ab")
+    number = claimed(frozen).number
+    trial_id = frozen.trials._live[number]._trial_id
+    aged(other)
+    with pytest.raises(DBAPIError), frozen.database.transaction() as connection:
+        assert frozen.trials._lease(connection, trial_id)[0] == "RUNNING"  # the row is locked from here on
+        assert other.trials.reap().lost == 1
+        connection.execute(text("SELECT 1"))  # continued
+    with pytest.raises(LeaseLost):
+        frozen.trials.complete(number, 1.0)
+    assert number in [claimed(other).origin for _ in range(2)]
 
 
 def test_whatever_ends_a_trial_it_ended_now_by_this_machines_clock(database_url: str, zone: None) -> None:

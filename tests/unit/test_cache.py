@@ -267,7 +267,7 @@ def row_values(first, end):
     return torch.arange(first, end).view(-1, 1, 1) + torch.tensor([[0, 0.25], [0.5, 0.75]])
 
 def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + 600
     while not condition():
         if time.monotonic() > deadline:
             sys.exit("deadline")
