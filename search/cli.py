@@ -105,7 +105,8 @@ def launch(
     if trials is not None:
         overrides = (*overrides, f"budget.trials={trials}")
     settings = load_settings(storage, ray_address)
-    stored, said = launching.stored_study(name, settings) if name and not file and not dry_run else None, None
+    stored = launching.stored_study(name, settings) if name and not file and not dry_run else None
+    said = None
     if stored is not None:  # a name alone means the study of that name, whatever file it came from
         said = dict(assignment(override, "--set") for override in overrides)
         study = stored.edited(said)

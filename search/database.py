@@ -29,7 +29,7 @@ _NO_SUCH_ROW = "23503"
 
 # Nobody waits for ever for a study's lock, and a launcher that is frozen while it holds it loses it.
 _LOCK_S = 120
-_LIMIT = text("SELECT set_config('lock_timeout', :lock, true)")
+_LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :lock, true)")
 _IDLE_S = 60
 """How long a transaction may do nothing: a launcher that is frozen in one must not keep its rows from the others."""
 _LOCK = text("SELECT pg_advisory_xact_lock(hashtext(:space), hashtext(:name))")
@@ -92,8 +92,8 @@ class Database:
                         "pool_timeout": 30,
                     },
                 )  # fmt: skip
-                event.listen(self.storage.engine, "connect", _limit)
-                self.storage.engine.dispose()  # of connections without the limit
+                event.listen(self.storage.engine, "connect", _limit_idleness)
+                self.storage.engine.dispose()  # what it has opened so far has no such limit
         except (SQLAlchemyError, RuntimeError, AssertionError, UnicodeError) as error:
             raise StorageError(f"{self.address} cannot be used: {first_line(error)}") from error
 
@@ -256,8 +256,8 @@ def _let_go(connection: Connection) -> None:
         connection.close()
 
 
-def _limit(connection: Any, _record: object) -> None:
-    """Of a new connection, and not by a startup parameter, which poolers refuse."""
+def _limit_idleness(connection: Any, _record: object) -> None:
+    """For each new connection. By a statement: poolers refuse the startup parameter."""
     with connection.cursor() as cursor:
         cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_S}s'")
     connection.commit()
@@ -266,7 +266,7 @@ def _limit(connection: Any, _record: object) -> None:
 def _lock(connection: Connection, space: str, name: str, what: str) -> None:
     """Take a lock until the transaction's end."""
     try:
-        connection.execute(_LIMIT, {"lock": f"{_LOCK_S}s"})
+        connection.execute(_LOCK_TIMEOUT, {"lock": f"{_LOCK_S}s"})
         connection.execute(_LOCK, {"space": space, "name": name})
     except OperationalError as error:
         if _sqlstate(error) != "55P03":
@@ -280,7 +280,7 @@ def _lock(connection: Connection, space: str, name: str, what: str) -> None:
 @contextlib.contextmanager
 def _alone(url: str, options: dict[str, str]) -> Iterator[None]:
     engine = create_engine(url, poolclass=NullPool, connect_args=options)
-    event.listen(engine, "connect", _limit)
+    event.listen(engine, "connect", _limit_idleness)
     with engine.begin() as connection:
         _lock(connection, "bdense tables", "", "the database's tables")
         yield

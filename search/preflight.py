@@ -45,8 +45,7 @@ def files_of(study: Study) -> list[str]:
     """What trials read that did not come with the package, by its path."""
     at = study.evaluation
     known = [study.teacher, *((at.features, at.reference) if at else ())]
-    shipped = {assets.hashed(name).sha256 for name in assets.names()}
-    own = [file.path for file in known if file and file.sha256 not in shipped]
+    own = [file.path for file in known if file and not assets.is_shipped(file)]
     return own + ([study.dataset] if study.dataset and study.dataset not in DATASET_NAMES else [])
 
 

@@ -41,6 +41,11 @@ def here(file: HashedFile) -> HashedFile:
     return _by_hash().get(file.sha256, file)
 
 
+def is_shipped(file: HashedFile) -> bool:
+    """Whether the file came with the package."""
+    return file.sha256 in _by_hash()
+
+
 @lru_cache
 def _by_hash() -> dict[str, HashedFile]:
     return {own.sha256: own for own in map(hashed, names())}
