@@ -23,7 +23,16 @@ from search.records import Row
 from search.scores import Scores
 from search.sections import Arm, ComparisonSection
 from search.spec import Study
-from search.statistics import LEVEL, Interval, chance_of_no_gain, holm, mean_interval, paired
+from search.statistics import (
+    LEVEL,
+    Interval,
+    chance_of_no_gain,
+    holm,
+    mean_interval,
+    paired,
+    pooled_deviation,
+    residual_deviation,
+)
 
 ERROR_RATE = 0.05
 """Share of comparisons in which a candidate that is no better than some control may be confirmed."""
@@ -108,6 +117,17 @@ class Comparison:
         return next((arm.name for arm in (*plain, *controls)), None)
 
 
+def noise_line(comparison: Comparison) -> str:
+    """How much the controls' runs scatter on these seeds, whose evaluation noise they have as well."""
+    arms = [arm for arm in comparison.arms if arm.is_control and arm.arm.is_trained and not arm.missing]
+    by_seed = [[arm.by_seed[seed] for seed in comparison.seeds] for arm in arms]
+    alone, beside = pooled_deviation(by_seed), residual_deviation(by_seed)
+    if alone is None:
+        return "noise on these seeds: not known"
+    shared = f", beside others on its seed {beside.sd:.2g} (df {beside.df})" if beside else ""
+    return f"noise on these seeds, of {len(arms)} control(s): sd of one run {alone.sd:.2g}{shared}"
+
+
 def compare(study: Study, rows: list[Row]) -> Comparison:
     """What the runs of a comparison, as far as there are any, say.
 
@@ -127,7 +147,7 @@ def compare(study: Study, rows: list[Row]) -> Comparison:
         seeds=section.seeds,
         arms=tuple(arms),
         winner=next((arm.name for arm in arms if arm.is_confirmed and arm.may_win), None),
-        verdict=_verdict(arms, len(section.seeds)),
+        verdict=_verdict(arms, len(section.seeds), section.widened),
         is_complete=not any(arm.missing for arm in arms),
         metrics={name: metrics[name] for name in sorted(metrics, key=_places(study))},
     )
@@ -243,7 +263,7 @@ def _flat(arm: Arm) -> tuple[tuple[int, int], Weights]:
     return (len(schedule), len(schedule[0])), tuple(share for row in rows for share in row)
 
 
-def _verdict(arms: list[ArmResult], num_seeds: int) -> str:
+def _verdict(arms: list[ArmResult], num_seeds: int, widened: int) -> str:
     """One sentence. `arms` are best first."""
     lacking = [arm for arm in arms if arm.missing]
     num_missing = sum(len(arm.missing) for arm in lacking)
@@ -262,7 +282,9 @@ def _verdict(arms: list[ArmResult], num_seeds: int) -> str:
             found.append(f"{arm.name}, which learns its weights, is {word} than every control")
         if arm.violated:
             found.append(f"{arm.name} violates {', '.join(arm.violated)} and cannot win")
-    return "; ".join([*found, *([missing] if lacking else [])])
+    more = f"weightings or seeds were added {widened} time(s) after it had begun, so luck is likelier than 5 %"
+    looked = [more] if widened and any(arm.is_confirmed for arm in tested) else []
+    return "; ".join([*found, *looked, *([missing] if lacking else [])])
 
 
 def _finding(given: list[ArmResult], tested: list[ArmResult], over: str) -> str:
@@ -365,7 +387,7 @@ def table(comparison: Comparison) -> Table:
     shown.caption = (
         f"mean over {len(comparison.seeds)} fresh seeds; gain: control - weighting on the same seeds, positive is "
         f"better; below them {LEVEL:.0%} intervals, two-sided, each for itself. p: of being no better than some "
-        "control, corrected for the number of candidates (docs/noise.md)"
+        f"control, corrected for the number of candidates (docs/noise.md)\n{noise_line(comparison)}"
     )
     settings = ["settings"] if any(arm.arm.settings for arm in comparison.arms) else []
     gains = [f"gain over\n{name}" for name in controls]

@@ -115,6 +115,7 @@ def transfers(
     """
     arms, source = _exported_arms(exported)[:top], exported["study"]
     worth = {control["role"].removeprefix(CONTROL): control["score"]["value"] for control in exported["controls"]}
+    confirmed = _confirmed_means(exported)
     found = []
     for number in nfe or (None,):
         study = load_study(target, models=models) if number is None else _at_nfe(target, number, models)
@@ -126,11 +127,19 @@ def transfers(
             of=source,
             of_created=exported["provenance"]["created"],
             target=study.name,
-            arms=(*arms, *controls),
+            arms=tuple(
+                arm.model_copy(update={"confirmed_value": confirmed.get(arm.name)}) for arm in (*arms, *controls)
+            ),
             seeds=_seeds(_unseen(study, exported["seeds"]), seeds),
         )
         found.append(_derived(study, transfer_name(study.name, source, study.spec.method.nfe), comparison))
     return found
+
+
+def _confirmed_means(exported: dict[str, Any]) -> dict[str, float]:
+    """By weighting, of those that have run on all of the confirmation's seeds."""
+    confirmation = exported["confirmation"] or {"arms": []}
+    return {arm["name"]: arm["mean"]["mean"] for arm in confirmation["arms"] if not arm["missing"]}
 
 
 def _at_nfe(target: Path, number: int, models: Path) -> Study:

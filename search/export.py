@@ -24,7 +24,10 @@ _Object = dict[str, Any]
 
 
 def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) -> _Object:
-    """The weights file's content: the confirmed weights, else the best searched ones, and the study's `top` candidates.
+    """The weights file's content: the confirmed weights, else the best ones, and the study's `top` candidates.
+
+    The best are those of the lowest mean over the confirmation's fresh seeds; what did not run there comes after them,
+    by the search's scores, which are partly luck.
 
     Args:
         trial: the searched trial to choose instead, which may violate a constraint: the file says so.
@@ -40,7 +43,7 @@ def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) 
     tables = [_table(other) for other in Studies(store.database).comparisons_of(store)]
     confirmation = next((table for table in tables if table["kind"] == "confirm"), None)
     winner = confirmation["winner"] if confirmation else None
-    candidates = _chosen_first(store, rows, trial=trial, winner=winner)[:top]
+    candidates = _chosen_first(store, rows, trial=trial, confirmation=confirmation)[:top]
     content = {
         "schema": SCHEMA,
         "study": store.name,
@@ -105,14 +108,18 @@ def _table(store: StudyStore) -> _Object:
     return {**about, **to_dict(compare(store.study, store.rows())), "spec": store.stored_spec}
 
 
-def _chosen_first(store: StudyStore, rows: list[Row], *, trial: int | None, winner: str | None) -> list[Row]:
+def _chosen_first(store: StudyStore, rows: list[Row], *, trial: int | None, confirmation: _Object | None) -> list[Row]:
     """The searched trials that ran to their end: the one asked for, or the confirmed one, and then best first."""
-    if trial is None:
-        best = choosable(store.name, rows)
-        chosen = next((row for row in best if _name(row) == winner), best[0])
-    else:
-        best = ranked(rows, searched_only=True)
+    best = ranked(rows, searched_only=True) if trial is not None else choosable(store.name, rows)
+    chosen = None
+    if confirmation is not None:
+        eligible = [arm for arm in confirmation["arms"] if not arm["missing"] and not arm["violated"]]  # best first
+        places = {arm["name"]: place for place, arm in enumerate(eligible)}
+        best = sorted(best, key=lambda row: places.get(_name(row), len(places)))  # stable: the others stay in order
+        chosen = next((row for row in best if _name(row) == confirmation["winner"]), None)
+    if trial is not None:
         chosen = _asked_for(store, rows, trial)
+    chosen = chosen or best[0]
     return [chosen, *(row for row in best if row is not chosen)]
 
 

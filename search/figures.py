@@ -4,6 +4,7 @@ What is drawn is decided in `marks`.
 """
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from bdense_core.files import write_bytes_atomically
@@ -13,20 +14,21 @@ from search.comparison import Comparison, compare
 from search.errors import NothingFinished
 from search.labels import term_labels, value_text
 from search.marks import Colors, map_axes, points
-from search.noise import noise_floor, ranked
+from search.noise import noise_floor, ranked, rungs
 from search.records import Row
 from search.spec import Study
 from search.storage import Studies, StudyStore
 
 _CURVES, _MAP, _TRAINING = "bdense-weight-curves", "bdense-map", "bdense-training"
-_CONFIRMATION = "bdense-confirmation"
+_NOISE, _EARLY = "bdense-noise", "bdense-early-scores"
+_COMPARISON = {"confirm": "bdense-confirmation", "transfer": "bdense-transfer"}
 _SIZE = (16.0, 4.8)
 
 
 def save_to_dashboard(store: StudyStore) -> None:
     """Put a study's figures into its attributes, where optuna-dashboard shows them.
 
-    A comparison's figure goes to the study that it confirms as well.
+    A comparison's figure goes to the study whose weightings it compares as well.
     """
     rows = store.rows()
     if store.study.spec.comparison is not None:
@@ -35,6 +37,10 @@ def save_to_dashboard(store: StudyStore) -> None:
         _save(store, _CURVES, _curves(store.study, rows))
         _save(store, _MAP, _map(store.study, rows))
         _save(store, _TRAINING, _training(store.study, rows))
+        if marks.repeats(rows):
+            _save(store, _NOISE, _noise(store.study, rows))
+        if any(rung.metric or rung.surrogate for rung in rungs(store.study, rows)):
+            _save(store, _EARLY, _early(store.study, rows))
 
 
 def _save_comparison(store: StudyStore, comparison: Comparison) -> None:
@@ -44,10 +50,10 @@ def _save_comparison(store: StudyStore, comparison: Comparison) -> None:
     source = studies.open(section.of) if section.of in studies.names() else None
     if source is not None and source.created != section.of_created:
         source = None  # another study of that name
-    figure = _forest(comparison, Colors(source.rows() if source else []))
-    _save(store, _CONFIRMATION, figure)
-    if source is not None and section.kind == "confirm":
-        _save(source, _CONFIRMATION, figure)
+    figure, identity = _forest(comparison, Colors(source.rows() if source else [])), _COMPARISON[section.kind]
+    _save(store, identity, figure)
+    if source is not None:  # which has one confirmation, and a transfer for each target and NFE
+        _save(source, identity if section.kind == "confirm" else f"{identity}-{store.name}", figure)
 
 
 def _save(store: StudyStore, identity: str, figure: Any) -> None:
@@ -152,7 +158,7 @@ def _training(study: Study, rows: list[Row]) -> Any:
         figure.add_scatter(
             x=[*steps, *reversed(steps)], y=[*highs, *reversed(lows)], fill="toself",
             mode="lines", line={"width": 0}, fillcolor=colors[noise.name], opacity=0.25, hoverinfo="skip",
-            name=f"{noise.name}, ± 2 sd of a single run",
+            name=f"{noise.name}, {marks.BAND}",
         )  # fmt: skip
     for trace in found:
         color = colors[trace.name] if trace.is_named else marks.OTHER
@@ -167,6 +173,44 @@ def _training(study: Study, rows: list[Row]) -> Any:
         )  # fmt: skip
     if marks.log_is_better(value for trace in found for value in trace.values):
         figure.update_yaxes(type="log")
+    return figure
+
+
+def _noise(study: Study, rows: list[Row]) -> Any:
+    """Each control's runs around their own mean: what the seed alone does."""
+    figure = _figure(f"The noise floor: {_title(study, rows)}", "difference from the control's own mean", "")
+    colors, found = Colors(rows), marks.repeats(rows)
+    for what, symbol, values in (
+        ("training seeds", "circle", {item.name: item.training for item in found}),
+        ("evaluation seeds, one student", "circle-open", {item.name: item.evaluation for item in found}),
+    ):
+        dots = [(name, value - mean(scores)) for name, scores in values.items() for value in scores]
+        figure.add_scatter(
+            x=[around for _, around in dots], y=[name for name, _ in dots], mode="markers", name=what,
+            marker={"color": [colors[name] for name, _ in dots], "symbol": symbol, "size": 9},
+        )  # fmt: skip
+    figure.add_vline(x=0, line={"width": 1})
+    figure.update_yaxes(automargin=True)
+    return figure
+
+
+def _early(study: Study, rows: list[Row]) -> Any:
+    """How far scores on the way, and the distance to the teacher, order the weightings as the final score does."""
+    title = f"Rank correlation with the final {study.metric}, 95 % intervals: {_title(study, rows)}"
+    figure, found = _figure(title, "kimg", "Spearman's rank correlation"), rungs(study, rows)
+    for name, by_kimg in (
+        (study.metric, {rung.step: rung.metric for rung in found}),
+        ("distance to the teacher", {rung.step: rung.surrogate for rung in found}),
+    ):
+        known = {step: of for step, of in by_kimg.items() if of is not None}
+        bars = {
+            "array": [of.high - of.rho for of in known.values()],
+            "arrayminus": [of.rho - of.low for of in known.values()],
+        }
+        figure.add_scatter(
+            x=list(known), y=[of.rho for of in known.values()], name=name, mode="lines+markers", error_y=bars
+        )
+    figure.update_yaxes(range=[-1.05, 1.05])
     return figure
 
 

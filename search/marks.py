@@ -6,7 +6,6 @@ A weighting has one name and one colour in all of them, whether it is a trial, a
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import mean
 
 from bdense_core.methods.base import Axis
 from search.comparison import ArmResult, Comparison
@@ -28,8 +27,10 @@ _CONTROLS = {
 }  # fmt: skip
 _OTHER_CONTROLS = ("#17a2a2", "#a65628", "#6a994e", "#d6409f")
 """Of controls that only some methods have, in the order of their trials."""
+BAND = "± 2 sd of a difference"
+"""What a noise band is, in its legend."""
 _BAND_SDS = 2.0
-"""Half the width of a noise band: of single runs that differ by their seed alone, 19 in 20 lie in it."""
+"""Half its width: 19 in 20 differences of two runs that are equally good lie in it."""
 
 
 # -- names and colours
@@ -120,13 +121,23 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """Where a control's single runs lie, by kimg: its mean over training seeds, and two noise sd to either side."""
+    """Where single runs cannot be told from a control, by kimg: two sd of a difference on one seed to either side."""
 
     name: str
     steps: tuple[int, ...]
-    means: tuple[float, ...]
-    lows: tuple[float, ...]
-    highs: tuple[float, ...]
+    scores: tuple[float, ...]
+    """The control's on its first training seed, which trials share."""
+    halves: tuple[float, ...]
+    value: float
+    """The control's final one, as trials have theirs: the mean over as many seeds."""
+
+    @property
+    def lows(self) -> list[float]:
+        return [score - half for score, half in zip(self.scores, self.halves, strict=True)]
+
+    @property
+    def highs(self) -> list[float]:
+        return [score + half for score, half in zip(self.scores, self.halves, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,14 +234,11 @@ def band(rows: list[Row]) -> Band | None:
     row = rival(rows, trained_only=True)
     floors = {step: noise_floor(rows, step) for step in sorted(row.intermediate)} if row else {}
     known = {step: floor for step, floor in floors.items() if floor is not None}
-    if row is None or not known:
+    if row is None or row.value is None or not known:
         return None
-    means = tuple(mean(row.over_seeds(step).values()) for step in known)
-    half = [_BAND_SDS * floor.sd for floor in known.values()]
     return Band(
-        name=name_of(row), steps=tuple(known), means=means,
-        lows=tuple(m - h for m, h in zip(means, half, strict=True)),
-        highs=tuple(m + h for m, h in zip(means, half, strict=True)),
+        name=name_of(row), steps=tuple(known), scores=tuple(row.intermediate[step] for step in known), value=row.value,
+        halves=tuple(_BAND_SDS * math.sqrt(2) * floor.beside(row, num_seeds=1).sd for floor in known.values()),
     )  # fmt: skip
 
 

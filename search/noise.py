@@ -18,6 +18,7 @@ from search.statistics import (
     pooled_deviation,
     rank_correlation,
     residual_deviation,
+    summed,
 )
 
 ABOVE_LUCK = "better than luck alone would make it"
@@ -123,6 +124,12 @@ class NoiseFloor:
     paired_df: int
     evaluation_sd: float | None
     """Of one student over evaluation seeds: the metric's own noise. None where it was not measured."""
+    evaluation_paired_sd: float | None
+    """Of one student beside others on the same evaluation seed: what is left of it when their common part is out.
+
+    No training seed takes it away: all trials of a search are scored on one evaluation seed.
+    """
+    evaluation_paired_df: int
     largest_range: float
     num_seeds: int
     num_controls: int
@@ -132,26 +139,18 @@ class NoiseFloor:
         """The smallest difference of two runs on unlike seeds that is no mere noise: 2 sd of such a difference."""
         return 2 * math.sqrt(2) * self.sd
 
-    @property
-    def shared(self) -> Deviation:
-        """The noise of runs on one seed: `paired_sd` where it is known, else `sd`."""
-        if self.paired_sd is None:
-            return Deviation(self.sd, self.df)
-        return Deviation(self.paired_sd, self.paired_df)
+    def beside(self, control: Row, num_seeds: int) -> Deviation:
+        """The noise of a trial's mean over `num_seeds` training seeds beside a control on the same ones.
 
-    def beside(self, control: Row) -> Deviation:
-        """The noise of trials beside a control on their seeds: all of it, where the control shares no training."""
-        return self.shared if control.is_trained else Deviation(self.sd, self.df)
-
-    def chance_of_best(self, gain: float, *, num_trials: int, num_seeds: int, noise: Deviation | None = None) -> float:
-        """How often the best of N trials would look at least so much better than a control that all of them equal.
-
-        Args:
-            gain: the control's value less the best trial's, each the mean over the same `num_seeds` seeds.
-            noise: `beside` that control; default: beside a trained one.
+        Where the control shares no training, all that a seed does counts. What the one evaluation seed does to each
+        weighting is added in either case; its measure holds a little of the training's as well, so it is rather large.
         """
-        noise = noise or self.shared
-        return chance_of_best(gain, noise.sd / math.sqrt(num_seeds), noise.df, num_trials)
+        is_alike = control.is_trained and self.paired_sd is not None
+        training = Deviation(self.paired_sd or 0.0, self.paired_df) if is_alike else Deviation(self.sd, self.df)
+        parts = [Deviation(training.sd / math.sqrt(num_seeds), training.df)]
+        if self.evaluation_paired_sd is not None:
+            parts.append(Deviation(self.evaluation_paired_sd, self.evaluation_paired_df))
+        return summed(parts)
 
 
 def noise_floor(rows: list[Row], step: int | None = None) -> NoiseFloor | None:
@@ -165,14 +164,18 @@ def noise_floor(rows: list[Row], step: int | None = None) -> NoiseFloor | None:
         return None
     shared = sorted(set.intersection(*(set(scores) for scores in repeats)))
     residual = residual_deviation([[scores[seed] for seed in shared] for scores in repeats])
-    scored = pooled_deviation([row.intermediate[step], *row.evaluations] for row in controls if row.last_step == step)
+    scored = [[row.intermediate[step], *row.evaluations] for row in controls if row.last_step == step]
+    over_evaluations = pooled_deviation(scored)
+    beside = residual_deviation([scores for scores in scored if len(scores) == max(map(len, scored))])
     return NoiseFloor(
         step=step,
         sd=pooled.sd,
         df=pooled.df,
         paired_sd=residual.sd if residual else None,
         paired_df=residual.df if residual else 0,
-        evaluation_sd=scored.sd if scored else None,
+        evaluation_sd=over_evaluations.sd if over_evaluations else None,
+        evaluation_paired_sd=beside.sd if beside else None,
+        evaluation_paired_df=beside.df if beside else 0,
         largest_range=max(max(scores.values()) - min(scores.values()) for scores in repeats),
         num_seeds=min(len(scores) for scores in repeats),
         num_controls=len(repeats),
@@ -188,6 +191,8 @@ def noise_line(floor: NoiseFloor | None) -> str:
         parts.append(f"beside others on its seed {floor.paired_sd:.2g} (df {floor.paired_df})")
     if floor.evaluation_sd is not None:
         parts.append(f"over evaluation seeds {floor.evaluation_sd:.2g}")
+    if floor.evaluation_paired_sd is not None:
+        parts.append(f"beside others on those {floor.evaluation_paired_sd:.2g} (df {floor.evaluation_paired_df})")
     return f"noise of {floor.num_controls} control(s): " + ", ".join(parts)
 
 
@@ -283,7 +288,7 @@ class Luck:
     """Of a trial."""
     floor: NoiseFloor
     noise: Deviation
-    """Of the trials beside that control."""
+    """Of a trial's value beside that control's."""
     chance: float
     """Share of studies in which the best of as many trials, all as good as the control, looks at least so good."""
 
@@ -304,7 +309,8 @@ def luck(study: Study, rows: list[Row]) -> Luck | None:
     if not best or beside is None or floor is None:
         return None
     gain = (beside.value or 0.0) - (best[0].value or 0.0)
-    num_trials, num_seeds, noise = count(rows).counted, len(study.trial_seeds()), floor.beside(beside)
+    num_trials, num_seeds = count(rows).counted, len(study.trial_seeds())
+    noise = floor.beside(beside, num_seeds)
     return Luck(
         best=best[0],
         rival=beside,
@@ -313,7 +319,7 @@ def luck(study: Study, rows: list[Row]) -> Luck | None:
         num_seeds=num_seeds,
         floor=floor,
         noise=noise,
-        chance=floor.chance_of_best(gain, num_trials=num_trials, num_seeds=num_seeds, noise=noise),
+        chance=chance_of_best(gain, noise.sd, noise.df, num_trials),
     )
 
 

@@ -13,6 +13,7 @@ from bdense_core.methods.base import Axis
 from search.comparison import Comparison
 from search.labels import term_labels, value_text
 from search.marks import (
+    BAND,
     OTHER,
     Band,
     Colors,
@@ -194,9 +195,10 @@ def _draw_line_of_values(axes: Any, rows: list[Row], drawn: list[Point]) -> None
     heights = [p.y for p in drawn if p.y is not None and not p.violates]
     handles = _handles(drawn)
     if noise is not None:
-        color, label = colors[noise.name], f"{noise.name}, mean, ± 2 sd of a single run"
-        axes.axhspan(noise.lows[-1], noise.highs[-1], color=color, alpha=0.16, linewidth=0)
-        handles.append(axes.axhline(noise.means[-1], color=color, linestyle="--", label=label))
+        color, label = colors[noise.name], f"{noise.name}, {BAND}"
+        low, high = noise.value - noise.halves[-1], noise.value + noise.halves[-1]
+        axes.axhspan(low, high, color=color, alpha=0.16, linewidth=0)
+        handles.append(axes.axhline(noise.value, color=color, linestyle="--", label=label))
     for p in drawn:
         if p.y is not None and not p.violates:
             marker = "D" if p.is_control else "o"
@@ -243,7 +245,7 @@ def draw_traces(axes: Any, study: Study, rows: list[Row]) -> None:
 def _draw_band(axes: Any, noise: Band, color: str, *, detached: bool) -> None:
     """What is `detached` at the end, as the traces are, becomes a bar of its own."""
     cut = len(noise.steps) - detached
-    label = f"{noise.name}, ± 2 sd of a single run"
+    label = f"{noise.name}, {BAND}"
     axes.fill_between(
         noise.steps[:cut], noise.lows[:cut], noise.highs[:cut], color=color, alpha=0.16, linewidth=0, label=label
     )

@@ -182,7 +182,9 @@ class Arm(Section):
     trial: int | None = None
     """The searched trial that it comes from."""
     source_value: float | None = None
-    """What it was worth in the study that it comes from."""
+    """Its score in the search that it comes from: the best ones were picked for it, so it flatters them."""
+    confirmed_value: float | None = None
+    """Its mean over the fresh seeds of that study's confirmation. None where it has not run on all of them."""
 
 
 class ComparisonSection(Section):
@@ -198,6 +200,8 @@ class ComparisonSection(Section):
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     """Training seeds, none of which the search has seen; each has an evaluation seed of its own as well."""
+    widened: int = 0
+    """How often arms or seeds were added once it had begun: whoever looks before asking for more has more chances."""
 
     def model_post_init(self, _context: object) -> None:
         for what, values in (("arms", [arm.name for arm in self.arms]), ("seeds", self.seeds)):
@@ -221,6 +225,9 @@ class ComparisonSection(Section):
                 for key in ("weights", "settings", "is_trained", "schedule", "rule")
             ):
                 raise BadValue(f"it has other weights or settings called {arm.name}")
-        arms = (*self.arms, *(arm for arm in wanted.arms if arm.name not in known))
+        confirmed = {arm.name: arm.confirmed_value for arm in wanted.arms}  # those of one confirmation, never of two
+        arms = tuple(arm.model_copy(update={"confirmed_value": confirmed.get(arm.name)}) for arm in self.arms)
+        new_arms = tuple(arm for arm in wanted.arms if arm.name not in known)
         seeds = (*self.seeds, *(seed for seed in wanted.seeds if seed not in self.seeds))
-        return self.model_copy(update={"arms": arms, "seeds": seeds})
+        widened = self.widened + bool(new_arms or len(seeds) > len(self.seeds))
+        return self.model_copy(update={"arms": (*arms, *new_arms), "seeds": seeds, "widened": widened})

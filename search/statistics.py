@@ -81,6 +81,16 @@ class Deviation:
     df: int
 
 
+def summed(parts: Sequence[Deviation]) -> Deviation:
+    """Of the sum of independent noises, with the degrees of freedom of Satterthwaite (Biometrics 2, 1946), cut down."""
+    variances = [part.sd**2 for part in parts]
+    total = math.fsum(variances)
+    if total == 0:
+        return Deviation(0.0, sum(part.df for part in parts))
+    df = total**2 / math.fsum(variance**2 / part.df for variance, part in zip(variances, parts, strict=True))
+    return Deviation(math.sqrt(total), max(1, int(df + 1e-9)))
+
+
 def pooled_deviation(groups: Iterable[Sequence[float]]) -> Deviation | None:
     """Within groups, each around its own mean; None where no group has two values."""
     arrays = [np.asarray(group, dtype=float) for group in groups]

@@ -6,8 +6,39 @@ from typing import Any
 
 from rich.table import Table
 
-from search.comparison import ArmResult, Comparison, to_dict
+from search.comparison import ArmResult, Comparison, noise_line, to_dict
 from search.statistics import Correlation, Interval, rank_correlation
+
+
+@dataclass(frozen=True)
+class SourceWorth:
+    """What weightings were worth where they come from, all of them by one measure."""
+
+    values: dict[str, float]
+    """By weighting, of those that are known there."""
+    is_confirmed: bool
+    """Whether these are means over a confirmation's fresh seeds; else scores of the search, which picked by them."""
+
+    @property
+    def what(self) -> str:
+        return "mean over the confirmation's fresh seeds" if self.is_confirmed else "score in the search"
+
+
+def source_worth(arms: Sequence[ArmResult]) -> SourceWorth:
+    """Confirmed means if all weightings that the source knows have one, else the search's scores of all."""
+    known = {arm.name: arm.arm for arm in arms if arm.arm.source_value is not None}
+    confirmed = {name: arm.confirmed_value for name, arm in known.items() if arm.confirmed_value is not None}
+    if known and len(confirmed) == len(known):
+        return SourceWorth(confirmed, is_confirmed=True)
+    searched = {name: arm.source_value for name, arm in known.items() if arm.source_value is not None}
+    return SourceWorth(searched, is_confirmed=False)
+
+
+def correlation(arms: Sequence[ArmResult]) -> Correlation | None:
+    """Of what weightings were worth at the source with their means here, those with all seeds; None of too few."""
+    worth = source_worth(arms).values
+    ended = [arm for arm in arms if arm.name in worth and arm.mean.count and not arm.missing]
+    return rank_correlation([worth[arm.name] for arm in ended], [arm.mean.mean for arm in ended])
 
 
 @dataclass(frozen=True)
@@ -21,8 +52,9 @@ class TransferTable:
     """The control that gains are over: the primary loss term alone, where that is one, else the target's first."""
     comparisons: dict[int, Comparison]
     """By NFE, rising."""
+    worth: "SourceWorth"
     correlations: dict[int, Correlation | None]
-    """How far the source's scores order the weightings as the target's do, by NFE; None of too few."""
+    """How far their worth at the source orders the weightings as the target does, by NFE; None of too few."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,17 +80,9 @@ def _table_of(target: str, source: str, comparisons: dict[int, Comparison]) -> T
         metric=first.study.metric,
         baseline=first.baseline or "",
         comparisons=comparisons,
-        correlations={nfe: _correlation(item.arms) for nfe, item in comparisons.items()},
+        worth=source_worth([arm for item in comparisons.values() for arm in item.arms]),
+        correlations={nfe: correlation(item.arms) for nfe, item in comparisons.items()},
     )
-
-
-def _correlation(arms: Sequence[ArmResult]) -> Correlation | None:
-    pairs = [
-        (arm.arm.source_value, arm.mean.mean)
-        for arm in arms
-        if arm.arm.source_value is not None and arm.mean.count and not arm.missing
-    ]
-    return rank_correlation([source for source, _ in pairs], [target for _, target in pairs])
 
 
 def to_object(found: TransferTable) -> dict[str, Any]:
@@ -68,6 +92,7 @@ def to_object(found: TransferTable) -> dict[str, Any]:
         "source": found.source,
         "metric": found.metric,
         "baseline": found.baseline,
+        "worth_at_source": {"what": found.worth.what, "by_weighting": found.worth.values},
         "by_nfe": [
             {
                 "nfe": nfe,
@@ -95,7 +120,7 @@ def transfer_table(found: TransferTable) -> Table:
         }
         known = [arm for arm in arms.values() if arm is not None]
         cells = [cell for arm in arms.values() for cell in _cells(arm, found.baseline)]
-        source = known[0].arm.source_value
+        source = found.worth.values.get(name)
         style = "cyan" if known[0].is_control else None
         table.add_row(name, "" if source is None else f"{source:.4g}", *cells, style=style)
     return table
@@ -115,9 +140,11 @@ def _with_interval(gain: Interval) -> str:
 def _caption(found: TransferTable) -> str:
     seeds = {nfe: len(item.seeds) for nfe, item in found.comparisons.items()}
     lines = [
+        f"on {found.source}: {found.worth.what}",
         "means over " + ", ".join(f"{count} seeds at NFE {nfe}" for nfe, count in seeds.items())
-        + "; gain: control - weighting on the same seeds, positive is better, 95 % intervals, each for itself"
+        + "; gain: control - weighting on the same seeds, positive is better, 95 % intervals, each for itself",
     ]  # fmt: skip
+    lines += [f"NFE {nfe}: {noise_line(item)}" for nfe, item in found.comparisons.items()]
     for nfe, of in found.correlations.items():
         what = "not known of fewer than 4 weightings" if of is None else _in_words(of)
         lines.append(f"rank correlation of {found.source} with {found.target} at NFE {nfe}: {what}")

@@ -6,13 +6,13 @@ from itertools import groupby
 from typing import NamedTuple
 
 from search import marks, plots
-from search.comparison import ArmResult, Comparison
+from search.comparison import ArmResult, Comparison, noise_line
 from search.labels import settings_text
 from search.noise import ranked, verdict
 from search.page.evidence import Compared, Evidence, target_of
 from search.page.parts import Picture, Section, Strip, Table, counted, gain_of, listed, mean_of, number
 from search.records import Row, count
-from search.statistics import rank_correlation
+from search.transfer import correlation, source_worth
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -100,9 +100,14 @@ def _arms_table(found: Comparison, source: str) -> Table:
             for arm in found.arms
         ],
         caption="Best mean first, with 95 % intervals. The value in the search was picked for being good; the mean "
-        "here was not.",
+        f"here was not. {_noise(found)}",
         marked=next((i for i, arm in enumerate(found.arms) if arm.name == found.winner), None),
     )
+
+
+def _noise(found: Comparison) -> str:
+    line = noise_line(found)
+    return f"{line[:1].upper()}{line[1:]}."
 
 
 def _gains_table(found: Comparison) -> Table:
@@ -161,8 +166,8 @@ def transfer(evidence: Evidence) -> Section:
         text=(
             "The weights that this study found, run on targets without a new search, beside the targets' own controls. "
             "Gains are paired by seed; the verdict follows the rule of a confirmation.",
-            "The rank correlation compares the order of the weightings in the search with their order on the target. "
-            "Of few weightings it is loose: look at its interval.",
+            "The rank correlation compares the order of the weightings where they come from with their order on the "
+            "target. Of few weightings it is loose: look at its interval.",
             *(f"{_target(item)}: {_correlation(item)} {_verdict(item)}" for item in found),
         ),
         pictures=_transfer_pictures(evidence, found),
@@ -177,11 +182,9 @@ def _target(found: Comparison) -> str:
 
 
 def _correlation(found: Comparison) -> str:
-    pairs = [(arm.arm.source_value, arm.mean.mean) for arm in found.arms if not arm.missing]
-    known = [(source, target) for source, target in pairs if source is not None]
-    rho = rank_correlation([source for source, _ in known], [target for _, target in known])
+    rho = correlation(found.arms)
     if rho is None:
-        return f"too few weightings with a value in both ({len(known)}) for a rank correlation."
+        return "too few weightings with a value in both for a rank correlation."
     return f"rank correlation {rho.rho:.2f} (95 % interval {rho.low:.2f} to {rho.high:.2f}, {rho.count} weightings)."
 
 
@@ -207,10 +210,10 @@ def _has_gains(found: Comparison) -> bool:
 
 
 def _transfer_table(found: Comparison, source: str) -> Table:
-    baseline = found.baseline or ""
+    baseline, worth = found.baseline or "", source_worth(found.arms)
     rows = tuple(
         (
-            marks.readable(arm.name), number(arm.arm.source_value), mean_of(arm.mean),
+            marks.readable(arm.name), number(worth.values.get(arm.name)), mean_of(arm.mean),
             "" if arm.name == baseline else gain_of(marks.gain_over(found, arm.name, baseline)), _remark(arm),
         )
         for arm in found.arms
@@ -224,7 +227,8 @@ def _transfer_table(found: Comparison, source: str) -> Table:
             "",
         ),
         rows=rows,
-        caption=f"{_target(found)}, {counted(len(found.seeds), 'seed')}. Best mean first; intervals: 95 %.",
+        caption=f"{_target(found)}, {counted(len(found.seeds), 'seed')}. Best mean first; intervals: 95 %. "
+        f"In {source}: {worth.what}. {_noise(found)}",
         marked=next((i for i, arm in enumerate(found.arms) if arm.name == found.winner), None),
     )
 

@@ -5,7 +5,7 @@ from search import marks, plots
 from search.labels import settings_text, value_text
 from search.noise import infeasible
 from search.page.evidence import Evidence
-from search.page.parts import NOTHING, Picture, Section, Table, filled, listed, number, shares_of
+from search.page.parts import NOTHING, OF_BAND, Picture, Section, Table, filled, listed, number, shares_of
 
 _SIZE = (7.4, 3.7)
 
@@ -34,8 +34,8 @@ def tuned(evidence: Evidence) -> Section:
     return Section(
         key=key, title=title,
         text=(
-            "The final value of each trial over one setting at a time: all else differs as well, weights among it. The "
-            "band is what single runs of the best control vary by through their training seed.",
+            "The final value of each trial over one setting at a time: all else differs as well, weights among it. "
+            + OF_BAND,
         ),
         pictures=tuple(picture(name) for name in drawn),
         tables=(

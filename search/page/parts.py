@@ -13,6 +13,11 @@ from search.statistics import Interval
 
 NOTHING = "Nothing has run to its end yet: `bdense-weights launch --study {name}` runs the study."
 """What to say where there is no trial to show."""
+OF_BAND = (
+    "The band lies around the best control: two standard deviations of a difference of two weightings on one training "
+    "seed to either side, pooled over the controls. By its one run, what is within cannot be told from that control."
+)
+"""What the noise band in a picture says."""
 _NUMBER = re.compile(r"[-+]?\d[\de.+-]*( \(.*\))?")
 """A number, perhaps with its interval or its origin in brackets."""
 

@@ -8,7 +8,19 @@ from search.noise import Rung, noise_floor, ranked, rungs
 from search.noise import luck as measured_luck
 from search.page.evidence import Evidence
 from search.page.further import extent_of, refused
-from search.page.parts import NOTHING, Picture, Section, Table, counted, filled, listed, number, shares_of, small
+from search.page.parts import (
+    NOTHING,
+    OF_BAND,
+    Picture,
+    Section,
+    Table,
+    counted,
+    filled,
+    listed,
+    number,
+    shares_of,
+    small,
+)
 from search.records import Row, count
 from search.spec import Study, flatten
 from search.statistics import Correlation
@@ -163,10 +175,7 @@ def valley(evidence: Evidence) -> Section:
 def _of_map(study: Study) -> str:
     x, y = marks.map_axes(study)
     if y == study.metric:
-        return (
-            f"The final value of each trial over its {x}. The band is what single runs of the best control vary by "
-            "through their training seed; two trials that both lie in it cannot be told apart by these runs."
-        )
+        return f"The final value of each trial over its {x}. {OF_BAND}"
     others = [axis for axis in study.spec.searched if axis not in (x, y)]
     more = f" The other axes ({listed(others)}) are not seen here." if others else ""
     return f"Each trial in the plane of its parameters; the darker, the better (lower).{more}"
@@ -192,10 +201,7 @@ def training(evidence: Evidence) -> Section:
     if any(trace.is_pruned for trace in found):
         text.append("A line that ends in a cross was stopped early.")
     if noise is not None:
-        text.append(
-            f"The band is the mean of {noise.name} with two standard deviations between training seeds to either side: "
-            "lines within it differ by no more than one run's luck."
-        )
+        text.append(OF_BAND)
     else:
         text.append("No band: the spread between training seeds is not known (`seeds.control_repeats` is 1).")
     if any(trace.detached for trace in found):
@@ -230,6 +236,10 @@ def noise(evidence: Evidence) -> Section:
         f"{small(floor.paired_sd)}." if floor.paired_sd is not None else "",
         f"Scoring one trained student on other evaluation seeds moves the metric by {small(floor.evaluation_sd)}."
         if floor.evaluation_sd is not None else "",
+        f"What of that is not common to all weightings is {small(floor.evaluation_paired_sd)} "
+        f"({counted(floor.evaluation_paired_df, 'degree')} of freedom). All trials of a search share their evaluation "
+        "seed, so further training seeds do not take it away."
+        if floor.evaluation_paired_sd is not None else "",
         f"Two single runs on different training seeds may differ by {small(floor.finding)} (2 √2 sd) for no reason but "
         "their seeds.",
         f"Nothing is trained for {listed(still)}, so that training seeds say nothing of it." if still else "",
@@ -383,16 +393,16 @@ def learned(evidence: Evidence) -> Section:
         text=(
             "`gate` keeps a term only while its gradient agrees with the primary one's; `meta` moves the shares so "
             "that the primary loss on held-out noise falls. Both begin with equal weights.",
-            "All ran for the same kimg, controls on the same seeds; `work` counts what a rule's own looks at the "
-            "gradients add to the student's training.",
+            "All had the same compute, controls on the same seeds: a rule pays for its own looks at the gradients with "
+            "images that it does not train on.",
         ),
         tables=(
             Table(
                 header=(
-                    "weighting", "weights", "shares in the end", "work", f"{study.metric}, mean over seeds", "sd",
+                    "weighting", "weights", "shares in the end", f"{study.metric}, mean over seeds", "sd",
                     "by training seed",
                 ),
-                rows=[_by_rule(study, row) for row in ordered],
+                rows=[_by_rule(row) for row in ordered],
                 caption=f"The best trial ran on {counted(len(study.trial_seeds()), 'seed')} and was picked for its "
                 "value.",
             ),
@@ -400,13 +410,11 @@ def learned(evidence: Evidence) -> Section:
     )  # fmt: skip
 
 
-def _by_rule(study: Study, row: Row) -> tuple[str, ...]:
+def _by_rule(row: Row) -> tuple[str, ...]:
     values, is_fixed = tuple(row.by_seed.values()), row.rule == "fixed"
     shares = " ".join(f"{share:.2f}" for share in (row.shares if is_fixed else row.shares_learned))
-    plain = study.spec.method.forward_units()[1]
-    work = 1 + study.spec.method.learning_units(row.rule) / plain if plain else 1.0
     scores = number(mean(values)), small(_sd(values)), ", ".join(map(number, values))
-    return marks.name_of(row), "fixed" if is_fixed else "learned", shares, f"{work:.2f}", *scores
+    return marks.name_of(row), "fixed" if is_fixed else "learned", shares, *scores
 
 
 def warnings(evidence: Evidence) -> Section:

@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from bdense_core.errors import BadValue
 from bdense_core.methods import Synthetic
 from bdense_core.methods.base import Control
 from search import derived
+from search.comparison import compare
 from search.errors import NothingFinished, StudyExists
 from search.export import export_object
 from search.noise import ranked
 from search.spec import Study
 from search.storage import Studies, StudyStore
 from search.study_file import load_study, studies_folder
+from search.transfer import SourceWorth, source_worth, transfer_tables
 from tests.studies import opened, synthetic
 
 SYNTHETIC = studies_folder() / "synthetic.yaml"
@@ -253,6 +256,30 @@ def test_an_arm_knows_what_it_was_worth_at_its_source(searched: StudyStore) -> N
     by_name = {arm.name: arm.source_value for arm in study.spec.comparison.arms}
     assert by_name["uniform"] == values["control:uniform"]
     assert by_name.items() >= {(f"trial-{r.number}", r.value) for r in ranked(searched.rows(), searched_only=True)[:2]}
+
+
+def test_an_arm_brings_its_mean_over_fresh_seeds_if_all_that_the_source_knows_have_one(searched: StudyStore) -> None:
+    studies = Studies(searched.database)
+    before = studies.create_or_resume(transfers(searched)[0])
+    run(before)
+    (early,) = transfer_tables([compare(before.study, before.rows())])
+    best = ranked(searched.rows(), searched_only=True)[:2]
+    known = {row.role.removeprefix("control:"): row.value for row in searched.rows() if row.is_control}
+    assert early.worth == SourceWorth(known | {f"trial-{row.number}": row.value for row in best}, is_confirmed=False)
+    run(studies.create_or_resume(confirmation(searched, top=2, seeds=3)))
+    after = studies.create_or_resume(transfers(searched)[0])
+    assert run(after) == [], "the same runs, of which more is known now"
+    (found,) = transfer_tables([compare(after.study, after.rows())])
+    rerun = studies.open("s.confirm")
+    means = {arm.name: arm.mean.mean for arm in compare(rerun.study, rerun.rows()).arms}
+    assert found.worth == SourceWorth(means, is_confirmed=True)
+    here = [next(arm.mean.mean for arm in found.comparisons[0].arms if arm.name == name) for name in means]
+    order = found.correlations[0]
+    assert order is not None and order.rho == pytest.approx(stats.spearmanr(list(means.values()), here).statistic)
+    exported = export_object(searched, top=3)
+    (of_three,) = derived.transfers(exported, SYNTHETIC, nfe=[], top=3, seeds=2, models=SYNTHETIC.parent)
+    wider = studies.create_or_resume(of_three)
+    assert not source_worth(compare(wider.study, wider.rows()).arms).is_confirmed, "one did not run there"
 
 
 def test_a_target_that_was_edited_is_another_target(searched: StudyStore, tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, mean
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from scipy import stats
 
 from bdense_core.distill import distill
 from bdense_core.methods.base import with_settings
 from bdense_core.task import Score
-from search import derived, figures
+from search import derived, figures, marks
 from search.cli import commands
 from search.comparison import compare
 from search.database import Database
@@ -292,8 +294,22 @@ def test_the_dashboard_gets_the_figures_of_a_search_and_of_its_confirmation(data
     for each in (store, confirmation):
         figures.save_to_dashboard(each)
     shown = {each.name: stored_figures(each) for each in (store, confirmation)}
-    assert set(shown["t"]) == {"bdense-weight-curves", "bdense-map", "bdense-training", "bdense-confirmation"}
+    own = {"bdense-weight-curves", "bdense-map", "bdense-training", "bdense-noise", "bdense-early-scores"}
+    assert set(shown["t"]) == own | {"bdense-confirmation"}
     assert set(shown["t.confirm"]) == {"bdense-confirmation"}
+    spread = {
+        trace["name"]: {(name, round(x, 9)) for name, x in zip(trace["y"], trace["x"], strict=True)}
+        for trace in shown["t"]["bdense-noise"]["data"]
+    }
+    by_seed = {marks.name_of(row): list(row.by_seed.values()) for row in store.rows() if row.is_control}
+    assert spread["training seeds"] == {
+        (name, round(value - fmean(values), 9)) for name, values in by_seed.items() for value in values
+    }
+    early = {trace["name"]: trace for trace in shown["t"]["bdense-early-scores"]["data"]}
+    ended = [row for row in store.rows() if row.state == "COMPLETE"]
+    for step, rho in zip(*(early[store.study.metric][axis] for axis in "xy"), strict=True):
+        pairs = np.array([(row.intermediate[step], row.value) for row in ended])
+        assert rho == pytest.approx(stats.spearmanr(pairs).statistic)
     traces = {trace["name"]: trace for trace in shown["t"]["bdense-training"]["data"]}
     uniform = next(row for row in store.rows() if row.role == "control:uniform")
     assert dict(zip(traces["uniform"]["x"], traces["uniform"]["y"], strict=True)) == uniform.intermediate

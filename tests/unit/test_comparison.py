@@ -2,17 +2,19 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
 from bdense_core.errors import BadValue
-from search.comparison import Comparison, are_equal, compare, further_table, table, to_dict
+from search.comparison import Comparison, are_equal, compare, further_table, noise_line, table, to_dict
 from search.errors import UnlikeProtocols
 from search.records import ARM, Row
 from search.scores import Scores
@@ -370,6 +372,27 @@ def test_scores_of_a_search_are_its_controls_by_seed() -> None:
     )  # fmt: skip
     searched = replace(row(1, value=3.0), protocol=of.protocol_hash())
     assert Scores.of(of, [control, searched]).values == {"uniform": {0: 4.0, 1: 4.5}}
+
+
+def test_a_better_weighting_is_told_to_have_had_more_chances_if_more_was_asked_for() -> None:
+    of, found = study(), better(1.0)
+    assert of.spec.comparison is not None
+    widened = of.edited({"comparison": {**of.spec.comparison.model_dump(mode="json"), "widened": 2}})
+    more = compare(widened, runs(widened, **{"trial-2": 3.0}))
+    told = "; weightings or seeds were added 2 time(s) after it had begun, so luck is likelier than 5 %"
+    assert more.verdict == found.verdict + told
+    assert compare(widened, runs(widened)).verdict == compare(of, runs(of)).verdict, "where none is, nothing is claimed"
+
+
+def test_the_tables_tell_the_noise_of_the_controls_on_their_seeds() -> None:
+    found = better(0.1)
+    values = np.array([list(arm(found, name).by_seed.values()) for name in ("endpoint_only", "uniform")])
+    alone = math.sqrt(values.var(axis=1, ddof=1).mean())
+    beside = (values[0] - values[1]).std(ddof=1) / math.sqrt(2)
+    parts = f"sd of one run {alone:.2g}", f"beside others on its seed {beside:.2g} (df 4)"
+    line = "noise on these seeds, of 2 control(s): " + ", ".join(parts)
+    assert noise_line(found) == line
+    assert line in " ".join(shown(found).split())
 
 
 def shown(comparison: Comparison) -> str:

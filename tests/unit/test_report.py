@@ -16,6 +16,7 @@ from search import figures, quality
 from search.errors import NothingFinished, UnlikeProtocols
 from search.labels import term_labels
 from search.noise import (
+    NoiseFloor,
     choosable,
     infeasible,
     luck,
@@ -41,6 +42,7 @@ from search.report import (
     trial_table,
 )
 from search.spec import Study
+from search.statistics import chance_of_best
 from search.study_file import load_study, studies_folder
 
 
@@ -132,11 +134,16 @@ def test_a_gain_within_the_noise_is_not_called_one(best: float, words: str) -> N
     assert ("bdense-weights confirm --study synthetic --top 3 --seeds 5" in found) == (best < 50)
 
 
+def chance_of(floor: NoiseFloor, gain: float, num_trials: int, num_seeds: int = 1) -> float:
+    noise = floor.beside(CONTROLS[0], num_seeds)
+    return chance_of_best(gain, noise.sd, noise.df, num_trials)
+
+
 def test_the_same_gain_is_less_of_a_finding_the_more_trials_it_was_picked_from() -> None:
     floor = noise_floor(CONTROLS)
     assert floor is not None
     trials = [row(i, 3.4 + 0.001 * i) for i in range(2, 102)]
-    chances = [floor.chance_of_best(4.0 - 3.402, num_trials=n, num_seeds=1) for n in (1, 100)]
+    chances = [chance_of(floor, 4.0 - 3.402, n) for n in (1, 100)]
     assert chances[0] < 0.05 < chances[1]
     assert "better than luck" in verdict(study(), [*CONTROLS, *trials[:1]])
     found = verdict(study(), [*CONTROLS, *trials[:50], *(replace(item, state="PRUNED") for item in trials[50:])])
@@ -187,9 +194,27 @@ def test_beside_a_control_that_trains_nothing_trials_have_all_the_noise_of_their
     teacher = untrained(9, (3.5, 3.5, 3.5))
     trained, found = (luck(study(), [*shaken, *more, row(2, 3.3)]) for more in ([], [teacher]))
     assert trained is not None and found is not None
-    assert (trained.noise, found.noise.sd, found.noise.df) == (found.floor.shared, found.floor.sd, found.floor.df)
+    floor = found.floor
+    assert (trained.noise.sd, trained.noise.df) == (pytest.approx(floor.paired_sd), floor.paired_df)
+    assert (found.noise.sd, found.noise.df) == (pytest.approx(floor.sd), floor.df)
     assert found.noise.sd > 10 * trained.noise.sd
     assert trained.chance < 0.05 < found.chance
+
+
+def test_what_the_one_evaluation_seed_does_to_each_weighting_counts_and_no_training_seed_takes_it_away() -> None:
+    """Differences of the two students: 0.3 on the trials' own evaluation seed, 0.7 on another."""
+    scored = [replace(CONTROLS[0], evaluations=(4.5,)), replace(CONTROLS[1], evaluations=(5.2,))]
+    plain, floor = noise_floor(CONTROLS), noise_floor(scored)
+    assert plain is not None and floor is not None and plain.paired_sd is not None
+    assert (plain.evaluation_paired_sd, plain.evaluation_paired_df) == (None, 0)
+    assert (floor.evaluation_paired_sd, floor.evaluation_paired_df) == (pytest.approx(0.4 / 2), 1)
+    for num_seeds in (1, 4, 10**6):
+        noise = floor.beside(CONTROLS[0], num_seeds)
+        assert noise.sd == pytest.approx(math.hypot(plain.paired_sd / math.sqrt(num_seeds), 0.2))
+    assert noise.df == 1
+    assert chance_of(floor, 0.6, 100) > chance_of(plain, 0.6, 100)
+    alone = noise_floor([scored[0], CONTROLS[1]])
+    assert alone is not None and alone.evaluation_paired_sd is None, "one student is beside no other"
 
 
 def broken(number: int, value: float, *names: str) -> Row:
@@ -235,7 +260,7 @@ def test_luck_carries_the_numbers_of_the_verdict() -> None:
     assert found is not None and floor is not None
     assert (found.best.number, found.rival.role, found.num_trials, found.num_seeds) == (2, "control:uniform", 3, 1)
     assert found.gain == pytest.approx(0.1)
-    assert found.chance == floor.chance_of_best(found.gain, num_trials=3, num_seeds=1)
+    assert found.chance == chance_of(floor, found.gain, 3)
     assert (found.is_worse, found.is_distinguishable) == (False, False)
     assert f"in {found.chance:.0%} of studies" in verdict(study(), rows)
     far = luck(study(), [*CONTROLS, row(2, 50.0)])
@@ -250,7 +275,7 @@ def test_luck_carries_the_numbers_of_the_verdict() -> None:
 def test_trials_on_several_seeds_have_less_noise() -> None:
     floor = noise_floor(CONTROLS)
     assert floor is not None
-    assert floor.chance_of_best(0.2, num_trials=5, num_seeds=4) == floor.chance_of_best(0.4, num_trials=5, num_seeds=1)
+    assert chance_of(floor, 0.2, 5, num_seeds=4) == pytest.approx(chance_of(floor, 0.4, 5))
 
 
 def test_rows_are_ranked_by_value_then_number_and_only_if_they_ended() -> None:

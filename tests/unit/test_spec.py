@@ -189,6 +189,20 @@ def test_a_comparison_that_goes_on_has_the_settings_it_had(tmp_path: Path) -> No
         comparison(shift=0.5).joined(comparison(shift=0.25))
 
 
+def test_a_comparison_counts_how_often_it_was_widened_and_keeps_values_of_one_confirmation() -> None:
+    def comparison(*names: str, seeds: int = 2, confirmed: float | None = None) -> ComparisonSection:
+        arms = tuple(Arm(name=name, weights=(1.0,), confirmed_value=confirmed) for name in names)
+        return ComparisonSection(
+            kind="transfer", of="s", of_created="", target="t", arms=arms, seeds=tuple(range(seeds))
+        )  # fmt: skip
+
+    first = comparison("x", "y", confirmed=1.0)
+    assert first.joined(comparison("x", seeds=1, confirmed=1.0)).widened == 0
+    more = first.joined(comparison("x", "z", confirmed=2.0)).joined(comparison("x", "z", seeds=3, confirmed=2.0))
+    assert (more.widened, more.seeds) == (2, (0, 1, 2))
+    assert {arm.name: arm.confirmed_value for arm in more.arms} == {"x": 2.0, "y": None, "z": 2.0}
+
+
 @pytest.mark.parametrize("value", [True, 1, 1.0, "1"])
 def test_a_setting_of_an_arm_stays_of_its_kind(value: object) -> None:
     arm = Arm(name="x", weights=(1.0,), settings={"s": value})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from search.statistics import (
+    Deviation,
     chance_of_best,
     chance_of_no_gain,
     holm,
@@ -18,6 +19,7 @@ from search.statistics import (
     pooled_deviation,
     rank_correlation,
     residual_deviation,
+    summed,
 )
 
 values = st.lists(st.floats(-100, 100), min_size=2, max_size=8).filter(lambda xs: np.std(xs) > 1e-3)
@@ -119,6 +121,19 @@ def test_intervals_of_a_rank_correlation_hold_the_truth_about_as_often_as_they_s
         assert found is not None
         held += found.low <= truth <= found.high
     assert 0.92 <= held / 500 <= 0.98
+
+
+@given(values, values)
+def test_summed_noise_has_the_error_and_the_freedom_of_welchs_test(first: list[float], second: list[float]) -> None:
+    """The error of a difference of two means is the sum of two noises that were estimated apart."""
+    found = summed([Deviation(np.std(xs, ddof=1) / math.sqrt(len(xs)), len(xs) - 1) for xs in (first, second)])
+    known = stats.ttest_ind(first, second, equal_var=False)
+    interval = known.confidence_interval(0.95)
+    half = (interval.high - interval.low) / 2
+    assert found.sd == pytest.approx(half / stats.t.ppf(0.975, known.df), rel=1e-6)
+    assert found.df <= known.df + 1e-6 < found.df + 1 + 1e-5
+    assert summed([Deviation(0.3, 4)]) == Deviation(pytest.approx(0.3), 4)
+    assert summed([Deviation(0.0, 4), Deviation(0.0, 1)]).sd == 0
 
 
 @pytest.mark.parametrize(("gain", "df", "num_trials"), [(0.5, 4, 1), (2.0, 4, 12), (2.0, 40, 12), (3.0, 8, 60)])
