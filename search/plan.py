@@ -95,7 +95,7 @@ class Cost:
         repeats = 0 if is_search or spec.comparison else spec.seeds.evaluation_repeats - 1
         return cls(
             teacher=round(teacher * images),
-            student=round((student + (method.learning_units(what.rule) if what else 0.0)) * images),
+            student=round(student * images),
             scores=sum(scored),
             again=repeats * section.n_samples * method.nfe if len(scored) == len(steps) else 0,
         )

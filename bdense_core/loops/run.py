@@ -38,12 +38,16 @@ class Run(ABC):
 
     Args:
         batch: images of an iteration.
+        work: what an iteration costs beside one with fixed weights. The budget, and the kimg at which the student is
+            scored, count in the latter.
         formats: the versions of whatever a snapshot holds; one of other versions is not continued.
     """
 
-    def __init__(self, method: Method, task: Task, *, batch: int, num_iterations: int, formats: dict[str, Any]) -> None:
+    def __init__(
+        self, method: Method, task: Task, *, batch: int, num_iterations: int, formats: dict[str, Any], work: float = 1.0
+    ) -> None:
         self.method, self.task = method, task
-        self.batch, self.num_iterations = batch, num_iterations
+        self.batch, self.num_iterations, self.work = batch, num_iterations, work
         self.iteration = 0
         self.scores: list[Score] = []
         """All so far."""
@@ -94,6 +98,11 @@ class Run(ABC):
         return self.iteration * self.batch
 
     @property
+    def kimg(self) -> float:
+        """What it has used of its budget."""
+        return self.images * self.work / 1000
+
+    @property
     def due(self) -> bool:
         """Whether a score is to come now: a large batch may pass several steps at once."""
         return bool(self._passed()) or (self.ended and (not self.scores or self.scores[-1].done < 1))
@@ -102,7 +111,7 @@ class Run(ABC):
         """A sign of life, with whatever there is to tell about the snapshots."""
         note = self._snapshots.take_note() if self._snapshots else None
         done = min(self.done, _ALMOST)
-        return Progress(kimg=self.images / 1000, done=done, phase=phase, loss=self._last_finite, note=note)
+        return Progress(kimg=self.kimg, done=done, phase=phase, loss=self._last_finite, note=note)
 
     # -- what it does
 
@@ -148,7 +157,7 @@ class Run(ABC):
         self.iteration += 1
         for interval, loss in losses:
             if not math.isfinite(loss):
-                raise TrainingDiverged(kimg=self.images / 1000, interval=interval, last_finite_loss=self._last_finite)
+                raise TrainingDiverged(kimg=self.kimg, interval=interval, last_finite_loss=self._last_finite)
             self._last_finite = loss
 
     def score(self) -> Generator[Progress, None, None]:
@@ -205,7 +214,7 @@ class Run(ABC):
     def _passed(self) -> list[int]:
         """Steps that are behind the student and not scored yet."""
         last = self.scores[-1].kimg if self.scores else 0
-        return [step for step in self._steps if last < step and step * 1000 <= self.images]
+        return [step for step in self._steps if last < step and step * 1000 <= self.images * self.work]
 
 
 def _plain(score: Score) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Neither descends on the weighted loss itself: its gradient with respect to w_k i
 the branch that is easiest, not to the one that helps.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
@@ -34,22 +33,23 @@ on the digits (two seeds) 4 and 8 did alike and 2 worse."""
 _STATE = "rule.factors"
 
 
-def extra_units(rule: Rule, num_branches: int) -> float:
-    """Network evaluations that a rule adds for each image and trained interval, where plain training takes 3.
+def relative_work(rule: Rule, num_branches: int) -> float:
+    """What a rule's iteration costs, its looks among it, beside one with fixed weights: in network evaluations.
 
-    `gate` asks the network once in each look; the passes through the head alone, K of some 0.1% each, are left out.
-    `meta` runs each half of the rows once, goes back once for each branch on one half, and once on the other; going
-    back counts as two.
+    Plain training takes 3 for each image and trained interval, as going back counts as two. In each look `gate` asks
+    the network once; the passes through the head alone, K of some 0.1% each, are left out. `meta` runs each half of the
+    rows once, goes back once for each branch on one half, and once on the other.
     """
     looks = {"fixed": 0.0, "gate": 1.0, "meta": 1.0 + 2 * (num_branches + 1) / 2}
-    return looks[rule] / EVERY
+    return 1.0 + looks[rule] / EVERY / 3
 
 
 class Learned(ABC):
     """Factors on a run's weights, [J', K], 1 at first, found by looking at a student's gradients now and then.
 
     A look takes the student as it is at the beginning of an iteration, without dropout, down the grid from fresh noise;
-    it draws no random number and changes no gradient, so what it costs is time alone.
+    it draws no random number and changes no gradient, so what it costs is time alone, which the run pays for with
+    iterations (`relative_work`).
 
     Args:
         grid: its J' trained intervals and K branches.
@@ -126,8 +126,10 @@ class Meta(Learned):
         self.factors = self.factors * (self._rate * cosines).exp()
 
 
-def make_rule(rule: Rule, method: SFD, grid: Grid, device: torch.device, *, micro_batch: int | None) -> Learned | None:
-    """What learns the weights of a run; None where they are fixed.
+def make_rule(
+    rule: Rule, method: SFD, grid: Grid, device: torch.device, *, micro_batch: int | None, num_looks: int
+) -> Learned | None:
+    """What learns the weights of a run, in so many looks; None where they are fixed.
 
     Raises:
         BadValue: `meta` with batches of one row, of which none can be held out.
@@ -138,7 +140,7 @@ def make_rule(rule: Rule, method: SFD, grid: Grid, device: torch.device, *, micr
     if rule == "meta":
         if rows < 2:
             raise BadValue("rule meta holds out half of a batch; give a method.batch and resources.micro_batch of 2")
-        return Meta(grid, rows, device, num_looks=math.ceil(method.num_iterations / EVERY))
+        return Meta(grid, rows, device, num_looks=num_looks)
     return None
 
 

@@ -1,5 +1,6 @@
 """One whole distillation by SFD."""
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from bdense_core.devices import check_device, place
 from bdense_core.loops.run import Losses, Run
 from bdense_core.loops.scoring import Scorer
 from bdense_core.loops.sfd import adam, first_states, learning_rate, make_grid, sample, train_intervals
-from bdense_core.loops.sfd_rules import EVERY, make_rule
+from bdense_core.loops.sfd_rules import EVERY, make_rule, relative_work
 from bdense_core.loops.sfd_scores import TeacherEndpoints
 from bdense_core.loops.sfd_targets import TARGETS, Batch, Targets
 from bdense_core.methods.sfd import SFD
@@ -39,12 +40,14 @@ class Distillation(Run):
 
     def __init__(self, method: SFD, task: Task) -> None:
         assert task.teacher is not None
+        work = relative_work(task.rule, method.num_branches)
         super().__init__(
             method,
             task,
             batch=method.batch,
-            num_iterations=method.num_iterations,
-            formats={"targets": TARGETS, "state": STATE},
+            num_iterations=max(1, int(method.num_iterations / work)),
+            formats={"targets": TARGETS, "state": STATE} | ({"work": work} if work > 1 else {}),
+            work=work,
         )
         self._method = method
         self._device = check_device(task.device)
@@ -56,7 +59,10 @@ class Distillation(Run):
             self._trainee.network.model.compile()
         self._grid = make_grid(method)
         self._weights = self._scheduled(0.0)
-        self._rule = make_rule(task.rule, method, self._grid, self._device, micro_batch=task.micro_batch)
+        num_looks = math.ceil(self.num_iterations / EVERY)
+        self._rule = make_rule(
+            task.rule, method, self._grid, self._device, micro_batch=task.micro_batch, num_looks=num_looks
+        )
         self.targets = Targets(method, task, self._grid, teacher.config, self._device)
         endpoints = TeacherEndpoints(task, teacher.config, self.targets.teacher)
         self._scorer = Scorer(task, teacher.config, endpoints)
@@ -70,7 +76,7 @@ class Distillation(Run):
         """An optimizer step for each trained interval."""
         batch = self.targets.batch(self.iteration)
         for group in self._trainee.optimizer.param_groups:
-            group["lr"] = learning_rate(self._method, self.iteration)
+            group["lr"] = learning_rate(self._method, int(self.iteration * self.work))
         weights = self._weights_for(batch)
         trained = train_intervals(
             self._trainee,

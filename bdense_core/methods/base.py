@@ -107,9 +107,6 @@ class Method(Protocol):
     def rules(self) -> tuple[Rule, ...]:
         """The rules by which a run can learn its weights; a study may have them run under `experimental`."""
 
-    def learning_units(self, rule: Rule) -> float:
-        """What a rule that learns its weights adds to the student's, for each image; 0 for fixed weights."""
-
     def cache_bytes(self, image_values: int) -> float:
         """What the teacher cache takes for each image of the budget; 0 without one.
 

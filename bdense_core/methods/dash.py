@@ -221,9 +221,6 @@ class DASH:
     def rules(self) -> tuple[Rule, ...]:
         return ()
 
-    def learning_units(self, rule: Rule) -> float:
-        return 0.0
-
     def cache_bytes(self, image_values: int) -> float:
         """The teacher is asked again in each run: its two predictions are as large as the image, and cheap."""
         return 0.0

@@ -177,10 +177,6 @@ class PD:
     def rules(self) -> tuple[Rule, ...]:
         return ()
 
-    def learning_units(self, rule: Rule) -> float:
-        """No rule learns the weights of progressive distillation."""
-        return 0.0
-
     def cache_bytes(self, image_values: int) -> float:
         """A target for each branch, of the first stage's images alone: the others' teachers are the run's own."""
         if self.untrained:

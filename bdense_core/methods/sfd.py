@@ -148,11 +148,6 @@ class SFD:
     def rules(self) -> tuple[Rule, ...]:
         return RULES
 
-    def learning_units(self, rule: Rule) -> float:
-        from bdense_core.loops.sfd_rules import extra_units
-
-        return 0.0 if rule == "fixed" else extra_units(rule, self.num_branches) * self.nfe
-
     def cache_bytes(self, image_values: int) -> float:
         """The teacher's state at each branch time of the trained intervals."""
         return float(self.nfe * self.num_branches * image_values * (2 if self.targets == "float16" else 4))

@@ -118,9 +118,6 @@ class Synthetic:
     def rules(self) -> tuple[Rule, ...]:
         return RULES
 
-    def learning_units(self, rule: Rule) -> float:
-        return 0.0
-
     def cache_bytes(self, image_values: int) -> float:
         return 0.0
 

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bdense_core.branches import with_branches
 from bdense_core.checkpoints import save_network
 from bdense_core.errors import BadValue
-from bdense_core.loops import sfd, sfd_rules, sfd_targets
-from bdense_core.loops.sfd_rules import extra_units, head_cosines, lookahead_cosines, make_rule
+from bdense_core.loops import sfd, sfd_rules, sfd_run, sfd_targets
+from bdense_core.loops.sfd_rules import head_cosines, lookahead_cosines, make_rule, relative_work
 from bdense_core.loops.sfd_targets import Batch
 from bdense_core.methods.sfd import SFD
 from bdense_core.networks import NetworkConfig, forward_flops
-from bdense_core.task import Score, Task
+from bdense_core.task import Progress, Score, Task
 from bdense_core.weights import endpoint_only, uniform
 from tests.sfd import CONFIG, METHOD, SHAPE, make_evaluation, network, scores
 
@@ -130,7 +130,7 @@ def test_the_gate_closes_for_a_branch_that_pulls_the_other_way_and_opens_for_one
     """Heads are equal before training: their gradients differ by the signs of the errors alone."""
     student = with_branches(network(), 4)
     batch = opposed(student.eval(), student_and_batch()[1])
-    gate = make_rule("gate", METHOD, GRID, CPU, micro_batch=None)
+    gate = make_rule("gate", METHOD, GRID, CPU, micro_batch=None, num_looks=1)
     gate.look(student, batch)
     expected = torch.tensor([0.0, 1.0, 1.0, 1.0]).expand(2, 4)
     assert torch.allclose(gate.factors, expected, atol=1e-6)
@@ -140,7 +140,7 @@ def test_the_gate_closes_for_a_branch_that_pulls_the_other_way_and_opens_for_one
 def test_meta_moves_shares_from_a_branch_that_pulls_the_other_way_to_those_that_agree():
     student = with_branches(network(), 4).requires_grad_(True)
     batch = opposed(student.eval(), student_and_batch(rows=20)[1])
-    meta = make_rule("meta", replace(METHOD, batch=20, budget_kimg=0.02), GRID, CPU, micro_batch=None)
+    meta = make_rule("meta", replace(METHOD, batch=20), GRID, CPU, micro_batch=None, num_looks=1)
     meta.look(student, batch)
     found = meta.applied(torch.full((2, 4), 0.25))
     assert (found[:, 0] < 0.25).all()
@@ -151,7 +151,7 @@ def test_meta_moves_shares_from_a_branch_that_pulls_the_other_way_to_those_that_
 def test_a_look_leaves_gradients_random_numbers_and_the_networks_mode_alone():
     student, batch = student_and_batch(replace(CONFIG, dropout=0.5))
     for rule in ("gate", "meta"):
-        learned = make_rule(rule, METHOD, GRID, CPU, micro_batch=None)
+        learned = make_rule(rule, METHOD, GRID, CPU, micro_batch=None, num_looks=1)
         before, state = {n: p.clone() for n, p in student.named_parameters()}, torch.get_rng_state()
         learned.look(student, batch)
         assert torch.equal(torch.get_rng_state(), state)
@@ -164,8 +164,8 @@ def test_a_look_takes_no_more_rows_than_a_micro_batch():
     first = Batch(batch.noise[:4], None, batch.states[:4])
     method = replace(METHOD, batch=6)
     for rule in ("gate", "meta"):
-        small = make_rule(rule, method, GRID, CPU, micro_batch=4)
-        whole = make_rule(rule, replace(method, batch=4), GRID, CPU, micro_batch=None)
+        small = make_rule(rule, method, GRID, CPU, micro_batch=4, num_looks=1)
+        whole = make_rule(rule, replace(method, batch=4), GRID, CPU, micro_batch=None, num_looks=1)
         small.look(student, batch)
         whole.look(student, first)
         assert torch.equal(small.factors, whole.factors)
@@ -175,16 +175,16 @@ def test_a_look_takes_no_more_rows_than_a_micro_batch():
 def test_the_extra_work_is_what_is_said(rule):
     """Counted by torch. Going back costs a little less than twice the way, as the first layer's input needs nothing."""
     student, batch = student_and_batch()
-    learned = make_rule(rule, replace(METHOD, batch=6), GRID, CPU, micro_batch=None)
+    learned = make_rule(rule, replace(METHOD, batch=6), GRID, CPU, micro_batch=None, num_looks=1)
     with FlopCounterMode(display=False) as counter:
         learned.look(student, batch)
     forwards = counter.get_total_flops() / (forward_flops(student.config) * len(batch.noise) * 2)
-    assert forwards / sfd_rules.EVERY == pytest.approx(extra_units(rule, 4), rel=0.1)
+    assert forwards / sfd_rules.EVERY == pytest.approx(3 * (relative_work(rule, 4) - 1), rel=0.1)
 
 
 def test_nothing_can_be_held_out_of_a_single_row():
     with pytest.raises(BadValue, match="holds out half of a batch"):
-        make_rule("meta", replace(METHOD, batch=1), GRID, CPU, micro_batch=None)
+        make_rule("meta", replace(METHOD, batch=1), GRID, CPU, micro_batch=None, num_looks=1)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------
@@ -213,8 +213,21 @@ def test_a_learned_run_ends_with_other_weights_than_it_began_with_and_says_so(ta
 
 
 @pytest.mark.parametrize("rule", ["gate", "meta"])
-def test_no_rule_gives_a_weight_to_a_branch_that_has_none(task, rule):
-    """Endpoint only stays plain SFD, bit for bit."""
+def test_a_rule_pays_for_its_looks_with_iterations(task, rule):
+    """So that a rule and fixed weights have had the same compute wherever both are scored."""
+    fixed, learned = (list(MANY.run(replace(task, rule=chosen))) for chosen in ("fixed", rule))
+    iterations = [sum(isinstance(e, Progress) and e.phase == "train" for e in events) for events in (fixed, learned)]
+    work = relative_work(rule, 2)
+    assert iterations[1] < iterations[0] and iterations[1] * work <= iterations[0] < (iterations[1] + 1) * work
+    assert [e.kimg for e in learned if isinstance(e, Score)] == [e.kimg for e in fixed if isinstance(e, Score)]
+    used = max(e.kimg for e in learned if isinstance(e, Progress))
+    assert used == pytest.approx(iterations[1] * work * MANY.batch / 1000) and used <= MANY.budget_kimg
+
+
+@pytest.mark.parametrize("rule", ["gate", "meta"])
+def test_no_rule_gives_a_weight_to_a_branch_that_has_none(task, rule, monkeypatch):
+    """Endpoint only stays plain SFD, bit for bit, but for the iterations that the looks cost."""
+    monkeypatch.setattr(sfd_run, "relative_work", lambda rule, num_branches: 1.0)
     task = replace(task, weights=endpoint_only(2))
     (learned,), (fixed,) = scores(MANY, replace(task, rule=rule)), scores(MANY, task)
     assert replace(learned, shares=()) == fixed
