@@ -8,7 +8,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,10 @@ FETCH_WITHIN_S = 120.0
 """How long a trial waits for its earlier state: less than it may be silent (`lease.grace_s`)."""
 LAST_COPY_WITHIN_S = 20.0
 """How long a trial that is stopped waits for the last copy of its state."""
+SWEEP_WITHIN_S = 120.0
+"""How long a sweep may take before people are told that the storage hangs."""
+LAST_SWEEP_WITHIN_S = 20.0
+"""How long a launch that has nothing left to do waits for its last sweep."""
 
 _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TRIAL = re.compile(r"trial-(\d{5,})")
@@ -75,26 +80,106 @@ class Checkpoints:
                 return []
         return sorted(int(found[1]) for name in names if (found := _TRIAL.fullmatch(name)))
 
-    def remove(self, study: str, first: int) -> None:
-        """Remove a trial's state. What goes wrong is only logged: `trials` still names it."""
-        self._remove(self.location(study, first))
+    def remove(self, study: str, trials: Collection[int]) -> None:
+        """Remove the state of these trials, by the numbers that `location` was given.
+
+        Raises:
+            BadValue, CheckpointError: as for `prepare`, the first of them; the other trials' state was removed.
+        """
+        tried = [self._remove(self.location(study, first)) for first in trials]
+        if wrong := [error for error in tried if error is not None]:
+            raise wrong[0]
 
     def remove_study(self, study: str) -> None:
         """Remove the state of all trials of a study. What goes wrong is only logged."""
-        self._remove(self._below(study))
+        if (error := self._remove(self._below(study))) is not None:
+            log.warning("%s", error)
 
     def _below(self, study: str) -> str:
         if not _STUDY.fullmatch(study):
             raise ValueError(f"{study!r} names no folder of a study")
         return f"{self.root}/{study}"
 
-    def _remove(self, location: str) -> None:
+    def _remove(self, location: str) -> BadValue | CheckpointError | None:
+        """What went wrong, if anything."""
         try:
             with told("removed", location), suppress(FileNotFoundError):
                 files, path = open_place(location)
                 files.rm(path, recursive=True)
         except (BadValue, CheckpointError) as error:
-            log.warning("%s", error)
+            return error
+        return None
+
+
+class Sweeper:
+    """Removes the state of trials that have ended, beside everything else: a store may be slow, or hang for ever.
+
+    At most one errand is under way, however long it takes. Trouble is logged once until it is over: running trials
+    have the same, and say so.
+    """
+
+    def __init__(self, kept_at: Checkpoints, study: str, done_with: Callable[[list[int]], list[int]]) -> None:
+        """
+        Args:
+            study: as for `Checkpoints.location`.
+            done_with: which of the trials that have a state need it no more. It is asked by whoever calls `step`, and
+                after the storage was listed, so that no new trial is hit.
+        """
+        self._kept_at = kept_at
+        self._study = study
+        self._done_with = done_with
+        self._errand: Future[list[int]] | None = None
+        self._begun = 0.0
+        self._is_told = False
+
+    def step(self) -> None:
+        """Begin to remove what needs to be of what was listed last, and to list anew; waits for nothing."""
+        if self._errand is not None and not self._errand.done():
+            if time.monotonic() - self._begun > SWEEP_WITHIN_S:
+                self._tell_late()
+            return
+        ended = self._done_with(self._listed())
+        self._begun = time.monotonic()
+        self._errand = errand(lambda: self._sweep(ended))
+
+    def finish(self) -> None:
+        """Remove all that needs to be now, and wait for that, but not for ever."""
+        until = time.monotonic() + LAST_SWEEP_WITHIN_S
+        self._wait(until)
+        for _ in range(2):  # to list, and to remove
+            self.step()
+            self._wait(until)
+        if self._errand is not None and not self._errand.done():
+            self._tell_late()
+        else:
+            self._listed()
+
+    def _sweep(self, ended: list[int]) -> list[int]:
+        self._kept_at.remove(self._study, ended)
+        return self._kept_at.trials(self._study)
+
+    def _wait(self, until: float) -> None:
+        if self._errand is not None:
+            wait([self._errand], max(0.0, until - time.monotonic()))
+
+    def _listed(self) -> list[int]:
+        """What the errand that is done has found; nothing if it failed."""
+        if self._errand is None:
+            return []
+        if (error := self._errand.exception()) is not None:
+            self._tell(str(error))
+            return []
+        self._is_told = False
+        return self._errand.result()
+
+    def _tell_late(self) -> None:
+        where = mask(self._kept_at.root)
+        self._tell(f"the checkpoints at {where} do not answer; what trials that have ended left there stays for now")
+
+    def _tell(self, what: str) -> None:
+        if not self._is_told:
+            log.warning("%s", what)
+        self._is_told = True
 
 
 class LocalState:

@@ -1,6 +1,7 @@
 """Commands that compare weightings on fresh seeds: on the study that found them, and on a target."""
 
 import json
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -160,8 +161,15 @@ def _run(
 
 def _compared(stores: "list[StudyStore]") -> "list[Comparison]":
     from search.comparison import compare
+    from search.records import mixed_versions
 
-    return [compare(store.study, store.rows()) for store in stores]
+    found = []
+    for store in stores:
+        rows = store.rows()
+        if mixed := mixed_versions(row for row in rows if row.state == "COMPLETE"):
+            say(f"warning: {store.name}: {mixed}", level=logging.WARNING)
+        found.append(compare(store.study, rows))
+    return found
 
 
 COMMANDS = (confirm, transfer)

@@ -1,6 +1,5 @@
 """The weights file: a study's best weights with all that is needed to use, to trust and to rerun them."""
 
-import platform
 from datetime import datetime
 from pprint import pformat
 from typing import Any
@@ -14,7 +13,7 @@ from search.records import CONTROL, Row
 from search.report import curve_of
 from search.spec import Study, identity_of
 from search.storage import Studies, StudyStore
-from search.version import PACKAGES, code_version, package_version
+from search.version import code_version, packages
 from search.weights_file import SCHEMA, complaints, sealed
 
 _LINE = "w_k = exp(a (k + index_origin) + b), k = 0 .. num_branches - 1, in the order of terms"
@@ -76,7 +75,7 @@ def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) 
         "transfer": [table for table in tables if table["kind"] == "transfer"],
         "protocol": study.evaluation.protocol.to_dict() if study.evaluation else None,
         "seeds": _seeds(study, confirmation),
-        "provenance": _provenance(store),
+        "provenance": _provenance(store, candidates[0]),
         "spec": store.stored_spec,
     }
     return _checked(sealed(content))
@@ -174,8 +173,8 @@ def _seeds(study: Study, confirmation: _Object | None) -> _Object:
     }
 
 
-def _provenance(store: StudyStore) -> _Object:
-    """Where the weights come from. Versions are those of the exporting machine; a study's nodes agree with it."""
+def _provenance(store: StudyStore, chosen: Row) -> _Object:
+    """Where the weights come from. Versions are those that ran the chosen trial."""
     study = store.study
     return {
         **store.provenance(),
@@ -185,10 +184,7 @@ def _provenance(store: StudyStore) -> _Object:
         "exported": datetime.now().astimezone().isoformat(timespec="seconds"),
         "exported_by": code_version(),
         "device": "cuda" if study.spec.resources.gpus > 0 else "cpu",
-        "packages": {
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in ("bdense-search", *PACKAGES)},
-        },
+        "packages": chosen.packages or packages(),  # older trials did not keep them
     }
 
 

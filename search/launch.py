@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdense_core.errors import BadValue, BDenseError, CheckpointError
+from bdense_core.errors import BDenseError
 from search import dashboard, logs, ray_environment, server, trackers
-from search.checkpoints import Checkpoints
+from search.checkpoints import Checkpoints, Sweeper
 from search.database import Database
 from search.errors import StorageError
 from search.logs import say
@@ -157,10 +157,7 @@ def _open(study: Study, url: str, settings: Settings, said: Collection[str] | No
 def _sweep(store: StudyStore, settings: Settings) -> None:
     """What a launch that was killed at its very end left."""
     if (kept_at := checkpoints(store.study, settings)) is not None:
-        try:
-            store.sweep(kept_at)
-        except (CheckpointError, BadValue) as error:
-            say(f"warning: {error}", level=logging.WARNING)
+        Sweeper(kept_at, store.key, store.done_with).finish()
 
 
 def _revive(settings: Settings) -> Callable[[], object] | None:

@@ -29,12 +29,15 @@ from search.owner import is_dead_here, this_process
 from search.records import SEARCH, Claim, Params
 from search.samplers import make_pruner, make_sampler, suggest
 from search.spec import Study
-from search.version import code_version
+from search.version import code_version, packages
 
 _OF_ONE_ATTEMPT = (
     "owner", "reason", "final", "retry", "traceback", "progress", "notes", "resumed_from", "metrics", "violated",
 )  # fmt: skip
 """Attributes that a retry does not take over."""
+
+_ASIDE = "lost:"
+"""Before the names of what the pruner noted of a lost trial: its retry has that now, and no cut-off counts it twice."""
 
 _SUSPENDED_S = 15.0
 """A launcher reaps every few seconds: one that has not for so long was not running."""
@@ -115,7 +118,10 @@ class Trials:
                 lock.check()
                 try:
                     return self._take(trial)
+                except (LeaseLost, UpdateFinishedTrialError):  # another has it: mostly since the lock was lost
+                    lock.check()
                 except BDenseError as error:  # a proposal without weights: it can never run
+                    lock.check()  # or it is another's to end
                     self._end(trial._trial_id, str(error), retry=False)
             return None
 
@@ -161,27 +167,34 @@ class Trials:
         return count + rest
 
     def _take(self, trial: optuna.trial.Trial) -> Claim:
-        """Give the row an owner, a heartbeat, its weights and its settings, at one stroke."""
+        """Give the row an owner, a heartbeat, its weights and its settings, at one stroke.
+
+        Raises:
+            LeaseLost: it is not ours to take any more; nothing was stored but parameters that it lacked.
+        """
         stored = trial._cached_frozen_trial  # read when it was started, under the lock
         attributes = stored.user_attrs
         role = attributes.get("role", SEARCH)
-        params = suggest(trial, self.study) if role == SEARCH or _has_params(stored) else {}
+        params = self._propose(trial) if role == SEARCH or _has_params(stored) else {}
         run = attributes if "weights" in attributes else self._meant(params)
         weights, schedule, settings = run["weights"], run.get("schedule", ()), run.get("settings", {})
         with_settings(self.study.spec.method, settings)  # refused here, it ends this trial alone
         seeds = attributes.get("seeds") or self.study.trial_seeds()
         values = {
-            "owner": self.owner,
             "role": role,
             "weights": list(weights),
             "shares": [round(share, 6) for share in shares(weights)],
             "seeds": list(seeds),
             "protocol": self.study.protocol_hash(),
             "code": code_version(),
+            "packages": packages(),  # workers have the same
         } | {key: value for key, value in (("schedule", schedule), ("settings", settings)) if value}
+        row = {"trial": trial._trial_id}
         with self.database.transaction() as connection:
-            connection.execute(queries.BEAT, {"trial": trial._trial_id})
-            connection.execute(queries.SET, {"trial": trial._trial_id, "values": json.dumps(values)})
+            if not connection.execute(queries.TAKE, {**row, "owner": json.dumps(self.owner)}).rowcount:
+                raise self._lost(trial.number)
+            connection.execute(queries.BEAT, row)
+            connection.execute(queries.SET, {**row, "values": json.dumps(values)})
         self._live[trial.number] = trial
         history = RetryHeartbeatStaleTrialCallback.retry_history(stored)
         return Claim(
@@ -196,6 +209,16 @@ class Trials:
             seeds=tuple(seeds),
             reported=tuple(sorted(stored.intermediate_values)),
         )
+
+    def _propose(self, trial: optuna.trial.Trial) -> Params:
+        """The row's parameters; those that it lacks are proposed.
+
+        They are read again, since Optuna keeps what is there: another launcher may have written some of them, where
+        one of the two has lost the lock. None changes once it is written.
+        """
+        proposed = suggest(trial, self.study)
+        written = self.database.storage.get_trial(trial._trial_id).params
+        return {name: written[name] for name in proposed}
 
     def _meant(self, params: Params) -> dict[str, Any]:
         """What a proposal stands for: weights, perhaps a schedule of them, and settings of the method."""
@@ -315,14 +338,16 @@ class Trials:
         trial = self._live.get(number)
         if trial is None:
             return
-        with self.database.exclusive(self.study.name), self.database.transaction() as connection:
-            if self._lease(connection, trial._trial_id) == ("RUNNING", self.owner):
-                self._wait_again(connection, trial._trial_id)
+        with self.database.exclusive(self.study.name):
+            self._release(trial._trial_id, self.owner)
         self._live.pop(number, None)
 
-    def _wait_again(self, connection: Connection, trial_id: int) -> None:
-        connection.execute(queries.SET, {"trial": trial_id, "values": json.dumps({"owner": None})})
-        connection.execute(queries.WAIT, {"trial": trial_id})
+    def _release(self, trial_id: int, owner: str | None) -> None:
+        """RUNNING to WAITING, if it is still this owner's."""
+        with self.database.transaction() as connection:
+            if self._lease(connection, trial_id) == ("RUNNING", owner):
+                connection.execute(queries.WAIT, {"trial": trial_id})
+                connection.execute(queries.SET, {"trial": trial_id, "values": json.dumps({"owner": None})})
 
     def _ours(self, number: int) -> optuna.trial.Trial:
         if number not in self._live:
@@ -357,8 +382,7 @@ class Trials:
             running = self._running()
             for trial_id, lease in running.items():
                 if lease.owner is None:
-                    with self.database.transaction() as connection:
-                        self._wait_again(connection, trial_id)
+                    self._release(trial_id, None)
                 elif lease.owner != self.owner and is_dead_here(lease.owner):
                     lost += self._lose(trial_id, "its launcher ended without giving it back")
                 elif lease.silent_s is None:
@@ -417,6 +441,8 @@ class Trials:
         with self.database.transaction() as connection:
             if connection.execute(queries.FAIL, {"trial": trial_id}).rowcount:
                 connection.execute(queries.SET, {"trial": trial_id, "values": json.dumps(about)})
+                if again:  # at one stroke with its end: who reads an ended trial keeps it as it is
+                    connection.execute(queries.SET_ASIDE, {"trial": trial_id, "before": _ASIDE})
         stored = storage.get_trial(trial_id)
         if _is_owed_a_retry(stored):
             self._retry(stored)
@@ -438,6 +464,7 @@ class Trials:
         again = copy.deepcopy(lost)
         again.user_attrs = {key: value for key, value in lost.user_attrs.items() if key not in _OF_ONE_ATTEMPT}
         again.system_attrs.pop(_CONSTRAINTS_KEY, None)
+        again.system_attrs = {key.removeprefix(_ASIDE): value for key, value in again.system_attrs.items()}
         RetryHeartbeatStaleTrialCallback(inherit_intermediate_values=True)(self._optuna, again)
 
     def _retried(self, connection: Connection) -> set[int]:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search import room
 from search.errors import ClusterError
 from search.sections import ResourcesSection
+from search.version import differences, version_reader, versions
 
 _ANSWER_WITHIN_S = 60.0  # a node starts a process for the question, perhaps from a slow network disk
 _JOINED_ANSWER_WITHIN_S = 10.0  # trials run meanwhile, and nobody listens to them while we wait
 _SILENT_AGAIN_AFTER_S = 300.0
-_PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "pillow", "clean-fid", "ray")
-_CODE = "bdense-search"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +59,13 @@ class NodeCheck:
 
         Raises:
             ClusterError: a node has other code or other packages, cannot import the code, or lacks a file; at the
-                first time also: it does not answer. Later that is a warning, given once, and it is asked again after
-                minutes.
+                first time also: it gives no answer. Later that is a warning, given once, and it is asked again after
+                minutes. A node that has died meanwhile is none of the cluster.
         """
         new = {
-            node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"] and node["NodeID"] not in self._asked and not self._waits(node["NodeID"])
+            node_id: _name(node)
+            for node_id, node in _alive().items()
+            if node_id not in self._asked and not self._waits(node_id)
             if room.node_of(node).fits(self._resources) >= 1
         }
         if not new:
@@ -74,15 +73,18 @@ class NodeCheck:
         with _markers(self._folders) as (markers, unmarked):
             timeout_s = _JOINED_ANSWER_WITHIN_S if self._asked else _ANSWER_WITHIN_S
             answers, silent = _ask(new, self._files, markers, timeout_s)
+        if silent:
+            silent = {node_id: why for node_id, why in silent.items() if node_id in _alive()}
         no_answer = [
-            f"node {new[node_id]} does not answer; look at it with `ray status`"
-            for node_id in silent - self._silent.keys()
+            f"node {new[node_id]} {why}; look at it with `ray status`"
+            for node_id, why in silent.items()
+            if node_id not in self._silent
         ]
         if silent and not self._asked:
             raise ClusterError(f"{no_answer[0]}, or take it out of the cluster")
         self._silent |= dict.fromkeys(silent, time.monotonic() + _SILENT_AGAIN_AFTER_S)
         _check(answers)
-        self._asked |= new.keys() - silent
+        self._asked |= new.keys() - silent.keys()
         unseen = [warning for answer in answers for warning in _warnings(answer)]
         return no_answer + (unmarked if answers else []) + unseen
 
@@ -90,10 +92,19 @@ class NodeCheck:
         return time.monotonic() < self._silent.get(node_id, 0.0)
 
 
+def _alive() -> dict[str, dict[str, Any]]:
+    """The living nodes by their ids."""
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+
+
 def _ask(
     nodes: dict[str, str], files: list[str], markers: list[str], timeout_s: float
-) -> tuple[list[_Answer], set[str]]:
-    """The answers, and which nodes gave none in time."""
+) -> tuple[list[_Answer], dict[str, str]]:
+    """The answers, and which nodes gave none, with what they did instead."""
     questions = {}
     for node_id in nodes:
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -103,41 +114,37 @@ def _ask(
     answered, late = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
     for question in late:
         ray.cancel(question, force=True)
-    answers = [_answer(nodes[questions[question]], question) for question in answered]
-    return answers, {questions[question] for question in late}
+    answers: list[_Answer] = []
+    silent = {questions[question]: "does not answer" for question in late}
+    for question in answered:
+        node_id = questions[question]
+        try:
+            answers.append(_answer(nodes[node_id], question))
+        except RayError as error:  # not the question failed but what was to run it: the process, its memory, the node
+            silent[node_id] = f"does not answer ({type(error).__name__})"
+    return answers, silent
 
 
 def _answer(name: str, question: Any) -> _Answer:
     try:
         return _Answer(name, **ray.get(question))
-    except RayError as error:
-        last = str(error).strip().splitlines()[-1].strip()
+    except RayTaskError as error:
         raise ClusterError(
-            f"node {name} cannot run Python tasks ({last}); look at its Ray logs, or take it out"
+            f"node {name} cannot run Python tasks ({_last_line(error)}); look at its Ray logs, or take it out"
         ) from error
 
 
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
 def _probe() -> Callable[[list[str], list[str]], dict[str, Any]]:
-    """The question. A nested function travels by value, so it reaches nodes that do not have this package."""
-    packages, code = _PACKAGES, _CODE
+    """The question: as `version_reader`, a nested function that travels by value."""
+    read_versions = version_reader()
 
     def probe(files: list[str], markers: list[str]) -> dict[str, Any]:
         import os
-        import platform
-        from importlib import metadata
 
-        versions = {"python": platform.python_version()}
-        for name in packages:
-            try:
-                versions[name] = metadata.version(name).partition("+")[0]  # +cpu and +cu128 are one release
-            except metadata.PackageNotFoundError:
-                versions[name] = "missing"
-        try:
-            from search.version import source_fingerprint
-
-            versions[code] = f"source {source_fingerprint()}"
-        except Exception as error:  # noqa: BLE001  # whatever an unknown installation raises is the answer
-            versions[code] = f"not importable: {type(error).__name__}: {error}"
         absent = [file for file in files if not os.path.exists(file)]  # noqa: PTH110
         unseen = [marker for marker in markers if not os.path.exists(marker)]  # noqa: PTH110
         read_only = [
@@ -145,14 +152,14 @@ def _probe() -> Callable[[list[str], list[str]], dict[str, Any]]:
             for marker in markers
             if marker not in unseen and not os.access(os.path.dirname(marker), os.W_OK)  # noqa: PTH120
         ]
-        return {"versions": versions, "absent": absent, "unseen": unseen, "read_only": read_only}
+        return {"versions": read_versions(), "absent": absent, "unseen": unseen, "read_only": read_only}
 
     return probe
 
 
 def _check(answers: list[_Answer]) -> None:
-    expected = _probe()([], [])["versions"]
-    if wrong := [text for answer in answers if (text := _differences(answer, expected))]:
+    compared = [(answer.node, differences(answer.versions, versions(), whose="here")) for answer in answers]
+    if wrong := [f"node {node} has {different}" for node, different in compared if different]:
         raise ClusterError(
             f"{'; '.join(wrong)}. Trials there would not be comparable: install the same code and packages on "
             "every node, restart Ray there, and launch again"
@@ -163,15 +170,6 @@ def _check(answers: list[_Answer]) -> None:
             f"{'; '.join(lacking)}. Trials read that: put it there at the same path, such as by a BDENSE_HOME on "
             "storage that all nodes have, and launch again"
         )
-
-
-def _differences(answer: _Answer, expected: dict[str, str]) -> str:
-    theirs = [
-        f"{name} {answer.versions[name]} (here {value})"
-        for name, value in expected.items()
-        if answer.versions[name] != value
-    ]
-    return f"node {answer.node} has {', '.join(theirs)}" if theirs else ""
 
 
 def _warnings(answer: _Answer) -> Iterator[str]:

@@ -19,6 +19,8 @@ from ray import tune
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its types leave it out
 from ray.air._internal import usage as air_usage
 from ray.exceptions import AuthenticationError, RayError
+from ray.train.constants import _get_ray_train_session_dir
+from ray.tune.error import TuneError
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
@@ -311,6 +313,27 @@ def _any_node_alive() -> bool:
     return bool(answer) and answer[0]
 
 
+def _of_the_disk(error: OSError | TuneError) -> OSError | None:
+    """What a disk said, such as one that is full; None if it is something else, such as the database's end.
+
+    What is raised where Ray Tune handles an event it hands on as the context of an error of its own.
+    """
+    from search.database import is_outage  # not above: workers import this module, and need no database
+
+    cause = error.__context__ if isinstance(error, TuneError) else error
+    return cause if isinstance(cause, OSError) and not is_outage(cause) else None
+
+
+def _why_it_ended(error: OSError, folder: Path) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    temporary = Path(_get_ray_train_session_dir()).parents[1]
+    return (
+        f"Ray Tune cannot go on: {error.strerror or _first_line(error)}{where}; it makes small files for each trial: "
+        f"see that there is space in Ray's temporary folder {temporary} and in {folder}, and that both can be written "
+        "to, then run the command again"
+    )
+
+
 def run_all(
     searcher: Searcher,
     scheduler: TrialScheduler,
@@ -324,29 +347,34 @@ def run_all(
     """Run trials as `searcher` hands them out until it is finished or a stop is asked for.
 
     Raises:
-        ClusterError: the cluster went away.
+        ClusterError: the cluster went away, or this machine takes none of the files that Ray Tune makes.
     """
     request = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
 
     name = f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    tuner = tune.Tuner(
-        tune.with_resources(TrialActor, request),
-        tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=str(folder),
-            verbose=0,
-            stop=_StopWhen(stop_asked),
-            callbacks=[_Tick(tick)],
-            failure_config=tune.FailureConfig(max_failures=0),
-            # By default a trial fails at its very end on a node that does not see this launcher's folder.
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-        ),
-    )
     try:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialActor, request),
+            tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str(folder),
+                verbose=0,
+                stop=_StopWhen(stop_asked),
+                callbacks=[_Tick(tick)],
+                failure_config=tune.FailureConfig(max_failures=0),
+                # By default a trial fails at its very end on a node that does not see this launcher's folder.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
         with _watched(on_loss):
             tuner.fit()
     except RayError as error:
         raise ClusterError(f"the Ray cluster went away: {_first_line(error)}; run the command again") from error
+    except (OSError, TuneError) as error:
+        cause = _of_the_disk(error)
+        if cause is None:
+            raise
+        raise ClusterError(_why_it_ended(cause, folder)) from error
     finally:
         shutil.rmtree(folder / name, ignore_errors=True)  # Tune's own notes; the database has what matters

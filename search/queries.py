@@ -13,6 +13,13 @@ BEAT = text(
     "ON CONFLICT (trial_id) DO UPDATE SET heartbeat = excluded.heartbeat"
 )
 """A heartbeat now, by the database's clock, in a time that no season and no client's zone changes."""
+TAKE = text(
+    "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
+    "SELECT t.trial_id, 'owner', :owner FROM trials t WHERE t.trial_id = :trial AND t.state = 'RUNNING' FOR SHARE OF t "
+    "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json "
+    "WHERE trial_user_attributes.value_json = 'null'"
+)
+"""A running trial that nobody owns has this owner, and stays as it is until the transaction ends."""
 SET = text(
     "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
     "SELECT t.trial_id, e.key, e.value::text FROM trials t, json_each(CAST(:values AS json)) e "
@@ -27,6 +34,11 @@ FAIL = text(
     "WHERE trial_id = :trial AND state IN ('RUNNING', 'WAITING')"
 )
 """A trial that has not ended fails."""
+SET_ASIDE = text(
+    "UPDATE trial_system_attributes SET key = :before || key WHERE trial_id = :trial AND key LIKE 'completed_rung_%'"
+)
+"""What a pruner that halves has noted of a trial gets other names: it counts those of all trials, whatever became of
+them."""
 ONE_VIEW = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 """First in a transaction: all its statements see the same moment."""
 OPEN = text(

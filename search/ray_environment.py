@@ -57,8 +57,13 @@ def check_reachable(address: str | None) -> None:
     Raises:
         ClusterError: nobody listens there, or it is no address.
     """
-    if address is None or address in ("auto", "local") or "://" in address:
+    if address is None or address in ("auto", "local"):
         return
+    if "://" in address:  # such as Ray's client: Ray Tune would run over there, without the database
+        raise ClusterError(
+            f"{address} is no address that a launch can join: give the HOST:PORT of the cluster's head node, such as "
+            "10.0.0.5:6379 (6379 unless it was started with another --port), or auto on a machine of the cluster"
+        )
     host, _, port = address.rpartition(":")
     try:
         if not host or not port.isdigit():

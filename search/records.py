@@ -1,10 +1,12 @@
 """What the database holds, as plain records: no Optuna here, so tables and figures need none."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from bdense_core.weights import Rule, Schedule, Weights, shares
+from search.version import NUMERIC
 
 Params = dict[str, float | int | str | bool]
 """A proposal: values of the axes of the weights and of the tuned settings, by name."""
@@ -85,6 +87,8 @@ class Row:
     protocol: str | None
     code: str | None = None
     """The version of the code that ran it."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """The versions of Python and of the packages that ran it, by name; empty for trials from before they were kept."""
     progress: dict[str, Any] = field(default_factory=dict)
     """What a running trial said last: node, pid, kimg, fraction, phase, kimg_per_s."""
     notes: tuple[str, ...] = ()
@@ -173,3 +177,13 @@ def count(rows: list[Row]) -> Counts:
         waiting=sum(row.state == "WAITING" for row in rows),
         failed=sum(row.state == "FAIL" for row in rows),
     )
+
+
+def mixed_versions(rows: Iterable[Row]) -> str:
+    """On which versions the rows ran, where they are more than one: they may differ for that alone. Else empty."""
+    ran = [row for row in rows if row.code]
+    versions = {"the code": {row.code for row in ran if row.code}} | {
+        name: {row.packages[name] for row in ran if name in row.packages} for name in NUMERIC
+    }
+    mixed = [f"{name} ({', '.join(sorted(found))})" for name, found in versions.items() if len(found) > 1]
+    return f"trials ran on several versions of {', '.join(mixed)}, and may differ for that alone" if mixed else ""

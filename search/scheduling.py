@@ -1,7 +1,6 @@
 """What runs next and what stops: Optuna's decisions carried to Ray, and Ray's news carried to the database."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from sqlalchemy.exc import SQLAlchemyError
 
-from bdense_core.errors import BadValue, BDenseError, CheckpointError
+from bdense_core.errors import BDenseError
 from bdense_core.methods.base import with_settings
-from search.checkpoints import Checkpoints
+from search.checkpoints import Checkpoints, Sweeper
 from search.errors import LeaseLost, StorageError
 from search.nodes import NodeCheck
 from search.placement import Places
@@ -23,7 +22,7 @@ from search.progress import Board
 from search.records import Claim, count
 from search.spec import mutable_values
 from search.storage import StudyStore
-from search.version import source_fingerprint
+from search.version import versions
 from search.worker import payload
 
 _ASK_AGAIN_S = 1.0
@@ -37,8 +36,6 @@ _OF_THE_LAST_SCORE = ("repeats", "evaluations", "samples", "shares_learned")
 
 T = TypeVar("T")
 _Next = dict[str, Any] | str | None
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,6 +75,7 @@ class Conductor:
         self._nodes = nodes
         self._cache_root = cache_root
         self._checkpoints = checkpoints
+        self._sweeper = Sweeper(checkpoints, store.key, store.done_with) if checkpoints else None
         self._threads = int(store.study.spec.resources.cpus)  # as the places of this launch are, whatever is edited
         self._running: dict[str, _Running] = {}
         self._asked = 0.0
@@ -127,7 +125,7 @@ class Conductor:
         method = with_settings(study.spec.method, claim.settings)
         location = self._checkpoints.location(self._store.key, claim.origin) if self._checkpoints else None
         return {
-            "trial": payload(method, task, claim.seeds, checkpoint=location, code=source_fingerprint()),
+            "trial": payload(method, task, claim.seeds, checkpoint=location, versions=versions()),
             "threads": self._threads,
         }
 
@@ -231,8 +229,10 @@ class Conductor:
         late = time.monotonic() - _START_WITHIN_S
         starting = {key for key in self._places.starting() & self._running.keys() if self._running[key].begun > late}
         for tune_id in starting | (self._places.waiting() & self._running.keys()):
-            with contextlib.suppress(LeaseLost):
+            try:
                 self._beat(self._running[tune_id], {})
+            except LeaseLost as error:
+                self._kill(tune_id, str(error))
 
     def _follow(self) -> None:
         before = mutable_values(self._store.study)
@@ -252,8 +252,7 @@ class Conductor:
         if reaped.lost:
             self._board.note(f"{reaped.lost} lost trial(s) put back into the queue")
         for tune_id in [key for key, running in self._running.items() if running.claim.number in reaped.ours]:
-            self._places.kill(tune_id)  # its worker is frozen, or works for nothing
-            self._lost(tune_id, "it lost its lease; its worker is stopped")
+            self._kill(tune_id, "it lost its lease; its worker is stopped")
         rows = self._store.rows()
         self._board.refresh(
             rows,
@@ -267,11 +266,8 @@ class Conductor:
             self._board.note(warning)
 
     def _sweep(self) -> None:
-        if self._checkpoints is not None:
-            try:
-                self._store.sweep(self._checkpoints)
-            except (CheckpointError, BadValue) as error:  # running trials have the same trouble, and say so
-                log.warning("%s", error)
+        if self._sweeper is not None:
+            self._sweeper.step()
 
     def hurry(self) -> None:
         """Wait for no database any more."""
@@ -285,8 +281,17 @@ class Conductor:
             with contextlib.suppress(StorageError, SQLAlchemyError):  # without a database its lease expires by itself
                 self._trials.give_back(claim.number)
         with contextlib.suppress(StorageError, SQLAlchemyError):
-            self._sweep()
+            self._sweep_at_the_end()
         return len(claims)
+
+    def _sweep_at_the_end(self) -> None:
+        """Whoever wants the launch to end waits for no storage: the next launch sweeps what this one leaves."""
+        if self._sweeper is None:
+            return
+        if self.stopping() or self._store.database.hurry.is_set():
+            self._sweeper.step()
+        else:
+            self._sweeper.finish()
 
     # -- within
 
@@ -306,6 +311,11 @@ class Conductor:
         self._failures += 1 / (1 + spec.lease.max_retries) if retry else 1
         if self._failures > spec.budget.max_failures - 1e-6:
             self.fatal = f"{spec.budget.max_failures} trials in a row failed in this launch, the last one: {reason}"
+
+    def _kill(self, tune_id: str, reason: str) -> None:
+        """Stop a trial that is not ours any more: its worker is frozen, or works for nothing."""
+        self._places.kill(tune_id)
+        self._lost(tune_id, reason)
 
     def _lost(self, tune_id: str, reason: str) -> None:
         claim = self._running[tune_id].claim

@@ -20,7 +20,6 @@ from sqlalchemy import text
 from bdense_core.errors import BadValue, BDenseError, UnknownKey
 from bdense_core.files import sha256_of
 from bdense_core.methods.base import Axis, with_settings
-from search.checkpoints import Checkpoints
 from search.database import Database, outlasting
 from search.errors import StudyBusy, StudyExists, StudyNotFound, StudyUnreadable
 from search.lifecycle import Trials
@@ -339,18 +338,11 @@ class StudyStore:
             self.trials.study = edited
         return Orders(**found.get(_ORDERS, {}))
 
-    def sweep(self, checkpoints: Checkpoints) -> None:
-        """Remove the state of trials that have ended. It is listed before the rows are read: no new trial is hit.
-
-        Raises:
-            BDenseError: the storage of the checkpoints cannot be asked.
-        """
-        kept = checkpoints.trials(self.key)
-        rows = last_of_chains(self.rows()) if kept else []
+    def done_with(self, origins: list[int]) -> list[int]:
+        """Those of the chains of retries, each named by its first trial, that have come to their end."""
+        rows = last_of_chains(self.rows()) if origins else []
         still_open = {row.origin for row in rows if row.state in ("RUNNING", "WAITING") or row.is_retried}
-        for origin in kept:
-            if origin not in still_open:
-                checkpoints.remove(self.key, origin)
+        return [origin for origin in origins if origin not in still_open]
 
     def enqueue(self, params: Params) -> int:
         """Queue a proposal of a person's own: it runs in any case, and counts towards the total.
@@ -468,6 +460,7 @@ def _row(trial: FrozenTrial) -> Row:
         retry_of=RetryHeartbeatStaleTrialCallback.retried_trial_number(trial),
         protocol=attributes.get("protocol"),
         code=attributes.get("code"),
+        packages=attributes.get("packages", {}),
         progress=attributes.get("progress", {}),
         notes=tuple(attributes.get("notes", ())),
         resumed_from=attributes.get("resumed_from"),

@@ -32,7 +32,7 @@ from search.sections import EvaluationSection
 from search.settings import Settings
 from search.spec import Study
 from search.statistics import residual_deviation
-from search.version import code_version, package_version
+from search.version import NUMERIC, code_version, package_version
 from search.weights_file import complaints, seal_of
 
 Outcome = Literal["passed", "failed", "warning", "skipped"]
@@ -218,7 +218,7 @@ def _version(content: _Object) -> Check:
 def _numerics(content: _Object) -> dict[str, str]:
     """The packages that numbers depend on."""
     packages = content["provenance"]["packages"]
-    return {name: packages[name] for name in ("torch", "numpy") if name in packages}
+    return {name: packages[name] for name in NUMERIC if name in packages}
 
 
 def _rerun(

@@ -2,14 +2,21 @@
 
 import hashlib
 import os
+import platform
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import bdense_core
 
+NUMERIC = ("torch", "numpy", "clean-fid")
+"""Packages that a result may depend on in its last digits."""
 PACKAGES = ("torch", "numpy", "optuna", "optuna-dashboard", "sqlalchemy", "psycopg2-binary", "ray", "clean-fid")
+_COMPARED = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "pillow", "clean-fid", "ray")
+"""What trials' results depend on, and Ray, which hands them over."""
+_CODE = "bdense-search"
 
 
 @cache
@@ -38,6 +45,46 @@ def source_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
+def versions() -> dict[str, str]:
+    """What this process runs: Python, the packages that results depend on, and this package's source."""
+    return version_reader()()
+
+
+def version_reader() -> Callable[[], dict[str, str]]:
+    """What `versions` calls. A nested function travels by value, so it reaches nodes that do not have this package."""
+    packages, code = _COMPARED, _CODE
+
+    def read() -> dict[str, str]:
+        import platform
+        from importlib import metadata
+
+        found = {"python": platform.python_version()}
+        for name in packages:
+            try:
+                found[name] = metadata.version(name).partition("+")[0]  # +cpu and +cu128 are one release
+            except metadata.PackageNotFoundError:
+                found[name] = "missing"
+        try:
+            from search.version import source_fingerprint
+
+            found[code] = f"source {source_fingerprint()}"
+        except Exception as error:  # noqa: BLE001  # whatever an unknown installation raises is the answer
+            found[code] = f"not importable: {type(error).__name__}: {error}"
+        return found
+
+    return read
+
+
+def differences(theirs: dict[str, str], expected: dict[str, str], *, whose: str) -> str:
+    """Which of their versions are not the expected ones, beside those of `whose`; empty if all are."""
+    return ", ".join(
+        f"{name} {theirs.get(name, 'missing')} ({whose} {version})"
+        for name, version in expected.items()
+        if theirs.get(name) != version
+    )
+
+
 def _git(root: Path, *arguments: str) -> str:
     needed = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}  # no password
     command = ["git", "-C", str(root), *arguments]
@@ -46,6 +93,12 @@ def _git(root: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@cache
+def packages() -> dict[str, str]:
+    """The versions of Python, of this package and of those that it stands on, by name."""
+    return {"python": platform.python_version(), **{name: package_version(name) for name in (_CODE, *PACKAGES)}}
 
 
 def package_version(name: str) -> str:

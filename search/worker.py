@@ -21,7 +21,7 @@ from bdense_core.methods import AnyMethod
 from bdense_core.methods.base import Method
 from bdense_core.task import RESUMED, Event, Progress, Task
 from search.checkpoints import LocalState, local_state
-from search.version import source_fingerprint
+from search.version import differences, versions
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +33,26 @@ _METHOD: TypeAdapter[AnyMethod] = TypeAdapter(AnyMethod)
 
 
 def payload(
-    method: Method, task: Task, seeds: tuple[int, ...], *, checkpoint: str | None = None, code: str | None = None
+    method: Method,
+    task: Task,
+    seeds: tuple[int, ...],
+    *,
+    checkpoint: str | None = None,
+    versions: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """A trial as plain values, for the way to a worker.
 
     Args:
         seeds: the task's own, and those of its repeats.
         checkpoint: where its state is kept, a `Checkpoints.location`; None: nowhere.
-        code: the launcher's `source_fingerprint`, which the worker's must equal; None: any will do.
+        versions: the launcher's, which the worker's must equal; None: any will do.
     """
     return {
         "method": _METHOD.dump_python(method),  # type: ignore[arg-type]
         "task": asdict(task),
         "seeds": list(seeds),
         "checkpoint": checkpoint,
-        "code": code,
+        "versions": versions,
     }
 
 
@@ -65,9 +70,10 @@ def run_trial(description: dict[str, Any]) -> Generator[dict[str, Any], None, No
 
 
 def _results(description: dict[str, Any], node: str) -> Generator[dict[str, Any], None, None]:
-    theirs = description.get("code")
-    if theirs is not None and theirs != (ours := source_fingerprint()):
-        reason = f"{node} runs version {ours} of this package, the launcher {theirs}; install the same one on all nodes"
+    # Asked here, and not only by the launcher: a trial may start on a node that has just joined.
+    expected = description.get("versions")
+    if expected is not None and (different := differences(versions(), expected, whose="the launcher")):
+        reason = f"{node} has {different}; install the same code and packages on all nodes, and restart Ray there"
         yield {"event": "failed", "reason": reason, "retry": True, "done": True}
         return
     try:

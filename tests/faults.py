@@ -15,7 +15,8 @@ is given again until it ends well. Then the tables are read by SQL of our own, n
               or a row that was COMPLETE before the fault and is not the same any more
     stuck     a launch that did not end within minutes, or that ended badly each time
     struck    a run in which the fault left a trace: a second launch, a row that failed or was resumed, or a line about
-              a lost trial or a database that does not answer. Only these say something about counting under faults
+              a lost trial or a database that does not answer. Only these say something about counting under faults;
+              a fault that never does in several runs is itself a failure
 
 Everything is drawn from --seed, though what a kill meets differs from time to time. Only processes of a launch's own
 session are killed, and the PostgreSQL of this home.
@@ -56,6 +57,8 @@ GRACE_S = 20
 """Counted from the database's start or a trial's last heartbeat: a few times what a busy machine needs for a report."""
 OUTAGE_S = 20.0
 """How long PostgreSQL is kept away."""
+_PARALLEL = 2
+"""On any machine: how long a study goes on after a fault must not depend on its processors."""
 _MOST_LAUNCHES = 5
 _LAUNCH_WITHIN_S = 240
 _SHARE_AT_START = 0.2
@@ -82,7 +85,8 @@ class Grid:
         keys = (
             f"space={{family: slope, a: [{low}, {high}]}}", "sampler.kind=grid", f"sampler.grid_points={self.points}",
             f"method.seconds={self.seconds}", "seeds.control_repeats=1", "pruner.kind=none", "lease.heartbeat_s=1",
-            f"lease.grace_s={GRACE_S}", "lease.max_retries=5", f"budget.trials={self.points}", *more,
+            f"lease.grace_s={GRACE_S}", "lease.max_retries=5", f"budget.trials={self.points}",
+            f"resources.max_parallel={_PARALLEL}", *more,
         )  # fmt: skip
         return ["--no-dashboard", *(part for key in keys for part in ("--set", key))]
 
@@ -404,13 +408,23 @@ def table(runs: Sequence[Run]) -> Table:
     return shown
 
 
+def never_struck(runs: Sequence[Run]) -> list[str]:
+    """The faults that left no trace in any of several runs: nothing was tested with them."""
+    made = Counter(run.fault for run in runs)
+    struck = {run.fault for run in runs if run.counts.struck}
+    return [fault for fault, count in made.items() if count > 1 and fault not in struck]
+
+
 @click.command()
 @click.option("--runs", default=50, show_default=True, type=click.IntRange(min=1), help="Studies; faults take turns.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments.")
 @click.option("--fault", type=click.Choice(list(FAULTS)), help="This one only.")
 @click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="A file for all counts.")
 def main(runs: int, seed: int, fault: str | None, file: Path | None) -> None:
-    """Kill processes under running studies, and count lost, doubled and differing trials; exit code 1 if any."""
+    """Kill processes under running studies, and count lost, doubled and differing trials.
+
+    Exit code 1 if there are any, or if a fault of several runs never struck.
+    """
     console = Console(stderr=True)
     user, done = new_user(), list[Run]()
     try:
@@ -428,7 +442,10 @@ def main(runs: int, seed: int, fault: str | None, file: Path | None) -> None:
     finally:
         farewell(user)
     Console(width=120).print(table(done))
-    sys.exit(0 if all(each.counts.clean for each in done) else 1)
+    idle = never_struck(done)
+    for name in idle:
+        console.print(f"{name} never struck: its runs say nothing")
+    sys.exit(0 if all(each.counts.clean for each in done) and not idle else 1)
 
 
 def _tell(done: Run, console: Console) -> None:

@@ -21,7 +21,7 @@ from search.page.parts import (
     shares_of,
     small,
 )
-from search.records import Row, count
+from search.records import Row, count, mixed_versions
 from search.spec import Study, flatten
 from search.statistics import Correlation
 
@@ -421,10 +421,8 @@ def warnings(evidence: Evidence) -> Section:
     """What may mislead, and what went wrong, in the search and in its comparisons."""
     found = list(evidence.notes)
     everything = [(name, row) for name, rows in evidence.rows_by_study.items() for row in rows]
-    if len(versions := sorted({row.code for _, row in everything if row.code})) > 1:
-        found.append(
-            f"trials ran on {len(versions)} versions of the code ({listed(versions)}), and may differ for that alone"
-        )
+    if mixed := mixed_versions(row for _, row in everything):
+        found.append(mixed)
     found += [f"{name}, trial {row.number}: {note}" for name, row in everything for note in row.notes]
     failed = [
         (name, str(row.number), marks.name_of(row), row.reason or "")

@@ -7,6 +7,7 @@ becomes of them.
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 from search import placement  # noqa: E402
+from search.errors import ClusterError  # noqa: E402
 from search.sections import ResourcesSection  # noqa: E402
 
 Results = Generator[dict[str, Any], None, None]
@@ -192,6 +194,65 @@ def an_interrupt(folder: Path) -> dict[str, Any]:
         print(f"took {time.monotonic() - started:.1f} s", file=sys.stderr)
         written = [note.exists() for note in notes]
     return {"written": written}
+
+
+def a_hanging_start(folder: Path) -> dict[str, Any]:
+    """The process of the first trial hangs before it says a word, and the trial's lease is lost."""
+    started = folder / "started"
+
+    def hang(description: dict[str, Any]) -> Results:
+        if description["number"] == 0:
+            started.write_text(str(os.getpid()))
+            time.sleep(3600)
+        return counting(description)
+
+    counting, placement.run_trial = placement.run_trial, hang
+    script = Script(ResourcesSection(cpus=1), [{"steps": 1}, {"steps": 2}])
+    was_starting: list[bool] = []
+
+    def lose_lease() -> None:
+        if not was_starting and started.exists():
+            (tune_id,) = script.numbers
+            was_starting.append(tune_id in script.places.starting())
+            script.ended(tune_id)
+            script.places.kill(tune_id)
+
+    script.each_step = lose_lease
+    with placement.cluster(None, num_cpus=1):
+        script.run(folder)
+        gone = _gone(int(started.read_text()))
+    return {"results": script.results, "lost": script.lost, "was_starting": was_starting, "gone": gone}
+
+
+def a_disk_that_takes_nothing(folder: Path) -> dict[str, Any]:
+    """Ray Tune's own folder cannot be written to any more, when it makes that of the second trial."""
+    return _with_a_broken_disk(folder, kill=False)
+
+
+def a_disk_that_takes_no_report(folder: Path) -> dict[str, Any]:
+    """As before, when it writes down why a trial was lost."""
+    return _with_a_broken_disk(folder, kill=True)
+
+
+def _with_a_broken_disk(folder: Path, *, kill: bool) -> dict[str, Any]:
+    script = Script(ResourcesSection(cpus=1), [{"steps": 2}] * 3)
+
+    def break_disk(tune_id: str, result: dict[str, Any]) -> str:
+        if result["n"] == 1 and result["number"] == 0:
+            artifacts = Path(script.places._controller._storage.experiment_driver_staging_path)
+            shutil.rmtree(artifacts)
+            artifacts.write_text("a file in the way")
+            if kill:
+                os.kill(result["pid"], signal.SIGKILL)
+        return FIFOScheduler.CONTINUE
+
+    script.on_result = break_disk
+    with placement.cluster(None, num_cpus=1):
+        try:
+            script.run(folder)
+        except ClusterError as error:
+            return {"error": str(error), "left": [path.name for path in folder.iterdir()]}
+    return {"error": None}
 
 
 def many_at_once(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import contextlib
 import multiprocessing
+import platform
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import pytest
@@ -32,7 +33,9 @@ from search import database as database_module
 from search.database import Database
 from search.errors import LeaseLost
 from search.records import Claim, Row, last_of_chains
+from search.samplers import suggest
 from search.storage import Studies, StudyStore
+from search.version import PACKAGES, package_version
 from tests.patience import PATIENCE_S
 from tests.studies import opened, run_all, run_one, states, synthetic
 
@@ -255,6 +258,66 @@ def test_fail_with_retry_queues_the_same_proposal_with_what_it_had_reported(data
     assert store.rows()[again.number].reason is None
 
 
+HALVING = ("pruner={kind: successive_halving, min_resource_kimg: 1, reduction_factor: 2}", "budget.trials=3")
+
+
+def rungs(store: StudyStore) -> dict[int, dict[str, float]]:
+    """What the pruner has noted, by trial."""
+    trials = store.optuna_study.get_trials()
+    noted = {t.number: {k: v for k, v in t.system_attrs.items() if k.startswith("completed_rung_")} for t in trials}
+    return {number: values for number, values in noted.items() if values}
+
+
+def test_what_a_pruner_noted_of_a_lost_trial_moves_to_its_retry_and_counts_once(database_url: str) -> None:
+    store = opened(database_url, synthetic(*HALVING))
+    run_one(store), run_one(store)
+    lost = claimed(store)
+    assert not store.trials.report(lost.number, 9.0, 1, may_prune=True)
+    for _ in range(2):
+        store.trials.fail(lost.number, "its worker was lost", retry=True)
+        lost = claimed(store)
+    assert rungs(store) == {lost.number: {"completed_rung_0": 9.0}}
+    good, fair = claimed(store), claimed(store)
+    assert not store.trials.report(good.number, 1.0, 1, may_prune=True)
+    assert store.trials.report(fair.number, 2.0, 1, may_prune=True), "it is not among the better half of three"
+    store.trials.report(lost.number, 8.0, 2, may_prune=True)
+    assert rungs(store)[lost.number] == {"completed_rung_0": 9.0, "completed_rung_1": 8.0}, "it goes on where it was"
+
+
+def test_the_last_attempt_of_a_lost_trial_keeps_what_the_pruner_noted(database_url: str) -> None:
+    store = opened(database_url, synthetic(*HALVING, "lease.max_retries=1"))
+    run_one(store), run_one(store)
+    lost = claimed(store)
+    store.trials.report(lost.number, 9.0, 1, may_prune=True)
+    assert store.trials.fail(lost.number, "its worker was lost", retry=True)
+    lost = claimed(store)
+    assert not store.trials.fail(lost.number, "its worker was lost", retry=True)
+    assert rungs(store) == {lost.number: {"completed_rung_0": 9.0}}
+
+
+def test_a_claim_keeps_the_versions_of_the_packages_that_run_it(database_url: str) -> None:
+    store = opened(database_url, synthetic("budget.trials=1"))
+    here = {"python": platform.python_version()} | {
+        name: package_version(name) for name in (*PACKAGES, "bdense-search")
+    }
+    claim = claimed(store)
+    assert store.rows()[claim.number].packages == here
+    store.trials.beat(claim.number, packages={"torch": "1.0"})  # as if an older installation had run it
+    store.trials.fail(claim.number, "its worker was lost", retry=True)
+    again = next(row for row in store.rows() if row.retry_of == claim.number)
+    while again.number not in store.trials.live:
+        claimed(store)
+    assert store.rows()[claim.number].packages == {"torch": "1.0"}
+    assert store.rows()[again.number].packages == here, "those of the process that ran it last"
+
+
+def test_a_trial_from_before_versions_were_kept_has_none(database_url: str) -> None:
+    store = opened(database_url, synthetic("budget.trials=1"))
+    number = claimed(store).number
+    execute(store, "DELETE FROM trial_user_attributes WHERE key = 'packages'")
+    assert store.rows()[number].packages == {}
+
+
 def test_retries_are_bounded_and_name_the_first(database_url: str) -> None:
     store = opened(database_url, synthetic("budget.trials=0", "lease.max_retries=2"))
     numbers = []
@@ -344,6 +407,86 @@ def test_a_launcher_learns_which_of_its_trials_it_has_lost(database_url: str) ->
     other.trials.reap()
     assert frozen.trials.reap().ours == (claim.number,)
     assert frozen.trials.live == ()
+
+
+LOCKS = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+"""Ends whatever connection holds a study's lock."""
+
+
+def before_first(store: StudyStore, statement: str, action: Callable[[], object]) -> None:
+    """Something happens just before the store's first statement that begins so."""
+    actions = [action]
+
+    def act(_connection: object, _cursor: object, this: str, *_: object) -> None:
+        if this.startswith(statement) and actions:
+            actions.pop()()
+
+    event.listen(store.database.storage.engine, "before_cursor_execute", act)
+
+
+RANDOM = ("budget.trials=2", "sampler.kind=random")
+
+
+def two_launchers(url: str) -> tuple[StudyStore, StudyStore]:
+    """Of one study whose controls have run."""
+    first, second = (opened(url, synthetic(*RANDOM), owner=name) for name in "ab")
+    run_one(first), run_one(first)
+    return first, second
+
+
+@pytest.mark.parametrize("moment", ["INSERT INTO trial_params", "INSERT INTO trial_user_attributes"])
+def test_a_row_that_is_taken_from_a_launcher_while_it_claims_stays_its_takers(database_url: str, moment: str) -> None:
+    """It has lost the lock while it proposed, and another one has released the row and claimed it."""
+    slow, other = two_launchers(database_url)
+    slow.database.patience_s = PATIENCE_S
+    taken: list[Claim] = []
+
+    def take() -> None:
+        execute(other, LOCKS)
+        other.trials.reap()
+        taken.append(claimed(other))
+
+    before_first(slow, moment, take)
+    late = claimed(slow)
+    (theirs,) = taken
+    assert late.number == theirs.number + 1, "it claims anew"
+    for store, claim in ((other, theirs), (slow, late)):
+        row = store.rows()[claim.number]
+        assert (row.owner, row.params, row.weights) == (store.trials.owner, claim.params, claim.weights)
+        assert row.weights == pytest.approx(log_linear(row.params["a"], row.params["b"], 4))
+        assert store.trials.live == (claim.number,)
+        store.trials.complete(claim.number, 1.0)
+    assert slow.trials.claim() is None and states(slow)["search", "COMPLETE"] == 2
+
+
+def test_a_launcher_whose_row_was_run_by_another_while_it_proposed_claims_anew(database_url: str) -> None:
+    slow, other = two_launchers(database_url)
+    slow.database.patience_s = PATIENCE_S
+
+    def run() -> None:
+        execute(other, LOCKS)
+        other.trials.reap()
+        run_one(other, 1.5)
+
+    before_first(slow, "INSERT INTO trial_params", run)
+    late = claimed(slow)
+    row = slow.rows()[late.number - 1]
+    assert (row.state, row.value, row.owner) == ("COMPLETE", 1.5, other.trials.owner)
+
+
+def test_where_two_launchers_propose_for_one_row_its_weights_are_those_of_its_parameters(database_url: str) -> None:
+    slow, other = two_launchers(database_url)
+    begun = slow.trials._start()  # the lock is lost from here on
+    assert begun is not None
+    other.trials.reap()
+    before_first(other, "INSERT INTO trial_params", lambda: suggest(begun, slow.study))
+    claim = claimed(other)
+    row = other.rows()[claim.number]
+    assert row.params == claim.params == begun.params, "what was written first"
+    assert row.weights == claim.weights == pytest.approx(log_linear(row.params["a"], row.params["b"], 4))
+    with pytest.raises(LeaseLost):
+        slow.trials._take(begun)
+    assert other.rows()[claim.number].owner == other.trials.owner
 
 
 def test_release_a_claim_that_nobody_finished(database_url: str) -> None:

@@ -149,6 +149,6 @@ def test_the_state_of_a_trial_goes_to_the_store_and_comes_back_on_another_machin
         assert state.folder is not None
         assert [path.name for path in state.folder.iterdir()] == ["snapshot-00000010-abc.safetensors"]
         assert next(state.folder.iterdir()).read_bytes() == b"weights"
-    kept.remove("digits-1", 3)
+    kept.remove("digits-1", [3])
     assert kept.trials("digits-1") == []
     assert not [name for name in store.names() if name.startswith("checkpoints/")]

@@ -42,6 +42,22 @@ def test_a_frozen_worker_is_killed_and_its_place_goes_to_the_next_trial(tmp_path
     assert answer["frozen"] not in pids(answer, 1) | pids(answer, 2)
 
 
+def test_a_trial_whose_process_hangs_while_it_starts_is_ended_and_its_place_goes_to_the_next(tmp_path: Path) -> None:
+    answer = run("a_hanging_start", tmp_path)
+    assert answer["was_starting"] == [True] and answer["gone"]
+    assert answer["lost"] == [0]
+    assert steps(answer, 1) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["a_disk_that_takes_nothing", "a_disk_that_takes_no_report"])
+def test_a_disk_that_ray_tune_cannot_write_to_ends_the_run_with_words_for_it(name: str, tmp_path: Path) -> None:
+    answer = run(name, tmp_path)
+    assert answer["error"].startswith("Ray Tune cannot go on: ") and "/driver_artifacts" in answer["error"]
+    assert f"Ray's temporary folder /tmp/ray and in {tmp_path}" in answer["error"]
+    assert answer["error"].endswith("then run the command again") and "\n" not in answer["error"]
+    assert answer["left"] == []
+
+
 def test_a_stopped_trials_worker_runs_the_next_whatever_went_wrong_as_it_was_closed(tmp_path: Path) -> None:
     answer = run("stopped_trials", tmp_path)
     assert [steps(answer, number) for number in range(5)] == [[1]] * 5

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from sqlalchemy import text
 
 from bdense_core.distill import distill
 from bdense_core.errors import BadValue
@@ -110,6 +111,29 @@ def test_a_confirmed_winner_is_exported_and_verified_in_a_fresh_process(studies:
     assert code == 0, errors
     assert {check["outcome"] for check in found} == {"passed"}
     assert "equal to the last bit" in next(check["detail"] for check in found if check["name"] == "rerun")
+
+
+def test_the_export_has_the_versions_that_ran_the_trial_and_not_those_that_export_it(
+    studies: Studies, database_url: str, tmp_path: Path
+) -> None:
+    store = searched(studies, synthetic(*BETTER), tmp_path)
+    number = export_object(store)["trial"]
+    older = {"python": "3.11.0", "torch": "1.0", "numpy": "1.0", "bdense-search": "0.0"}
+    with store.database.transaction() as connection:
+        connection.execute(
+            text("UPDATE trial_user_attributes SET value_json = :value FROM trials WHERE key = 'packages' AND "
+                 "trials.trial_id = trial_user_attributes.trial_id AND trials.number = :number"),
+            {"value": json.dumps(older), "number": number},
+        )  # fmt: skip
+    later = Database(database_url)  # as another process reads it
+    content = export_object(Studies(later).open("t"))
+    later.close()
+    assert content["provenance"]["packages"] == older
+    file = tmp_path / "weights.json"
+    file.write_text(json.dumps(content))
+    _, found, _ = checks(file, tmp_path / "home", "--quick")
+    (version,) = (check for check in found if check["name"] == "version")
+    assert version["outcome"] == "warning" and "torch 1.0 there" in version["detail"]
 
 
 def test_pure_noise_exports_the_best_of_the_confirmation_unconfirmed_with_its_verdict(

@@ -30,7 +30,7 @@ from search.noise import (
     verdict,
     what_differs,
 )
-from search.records import Row, count
+from search.records import Row, count, mixed_versions
 from search.report import (
     curve_of,
     curve_table,
@@ -545,3 +545,12 @@ def test_the_map_of_two_axes_is_a_plane_and_of_one_axis_a_line_of_scores() -> No
     for one in (study("space.family=slope"), study("space.b=[-2, -2]")):
         (point,) = figures.points(one, rows)
         assert (figures.map_axes(one), point.x, point.y, point.value) == (("a", one.metric), 1.0, 1.5, 1.5)
+
+
+def test_what_ran_on_several_versions_is_told_by_name() -> None:
+    one = replace(row(1, 1.0), code="0.1.0", packages={"torch": "2.12.0", "numpy": "2.4.6", "optuna": "5.0.0"})
+    other = replace(row(2, 1.0), code="0.1.0", packages={"torch": "2.13.0", "numpy": "2.4.6", "optuna": "5.1.0"})
+    assert mixed_versions([one, one, row(3, 1.0), replace(row(4, 1.0), code="0.1.0")]) == ""
+    told = "trials ran on several versions of torch (2.12.0, 2.13.0), and may differ for that alone"
+    assert mixed_versions([one, other]) == told
+    assert "of the code (0.1.0, 0.2.0), torch (" in mixed_versions([one, replace(other, code="0.2.0")])

@@ -22,10 +22,12 @@ from bdense_core.errors import BadValue, CheckpointError
 from bdense_core.methods.synthetic import Synthetic
 from bdense_core.task import Task
 from search import checkpoints, worker
-from search.checkpoints import Checkpoints
+from search.checkpoints import Checkpoints, Sweeper
 from search.sections import CheckpointSection
 from search.study_file import load_study
+from search.version import versions
 from search.worker import payload, run_trial
+from tests.hanging_store import URL, hanging
 from tests.patience import PATIENCE_S
 
 Result = dict[str, Any]
@@ -43,24 +45,17 @@ class Unreachable(fsspec.AbstractFileSystem):
     makedirs = put_file = ls = rm = find
 
 
-class Hanging(MemoryFileSystem):
-    """A store that takes forever to answer, until it is let go."""
+class Stubborn(MemoryFileSystem):
+    """A store that keeps one trial's state, whoever wants it gone."""
 
-    protocol = "hanging"
+    protocol = "stubborn"
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
-    let_go = threading.Event()
-    hangs = frozenset[str]()
 
-    def find(self, *arguments: Any, **named: Any) -> Any:
-        if "find" in self.hangs:
-            self.let_go.wait(PATIENCE_S)
-        return super().find(*arguments, **named)
-
-    def put_file(self, *arguments: Any, **named: Any) -> Any:
-        if "put" in self.hangs:
-            self.let_go.wait(PATIENCE_S)
-        return super().put_file(*arguments, **named)
+    def rm(self, path: str, *arguments: Any, **named: Any) -> None:
+        if "trial-00002" in path:
+            raise PermissionError("not yours")
+        super().rm(path, *arguments, **named)
 
 
 class Crowded(MemoryFileSystem):
@@ -214,7 +209,7 @@ def test_what_is_removed_after_the_result_does_not_come_back(
         kept = Checkpoints(root)
         trial = begin(payload(*small, (0,), checkpoint=kept.location("study", 3)), until=1.0)
         assert root == memory or kept.trials("study") == [3]
-        kept.remove("study", 3)
+        kept.remove("study", [3])
         trial.close()
         assert kept.trials("study") == []
 
@@ -359,16 +354,12 @@ def test_storage_that_cannot_be_used_is_noted_and_ends_no_trial(url: str, words:
 
 
 def test_a_store_that_hangs_holds_nothing_up(small: tuple[Any, Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    register()
     monkeypatch.setattr(checkpoints, "FETCH_WITHIN_S", 0.2)
     monkeypatch.setattr(checkpoints, "LAST_COPY_WITHIN_S", 0.2)
-    monkeypatch.setattr(Hanging, "hangs", frozenset({"find", "put"}))
-    try:
-        trial = begin(payload(*small, (0,), checkpoint="hanging://store"), until=0.9)
+    with hanging("find", "put") as store:
+        trial = begin(payload(*small, (0,), checkpoint=URL), until=0.9)
         trial.close()
-        assert Hanging.store == {}
-    finally:
-        Hanging.let_go.set()
+        assert store.store == {} and not store.answered
 
 
 def test_no_private_folder_stays_behind(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,12 +395,13 @@ def test_two_workers_on_one_location_do_not_damage_each_other(
     assert scores(third) == undisturbed
 
 
-def test_a_worker_with_other_code_refuses_and_says_which() -> None:
-    (result,) = run_trial(known(None) | {"code": "0123456789abcdef"})
+@pytest.mark.parametrize("name", ["bdense-search", "torch", "numpy", "python"])
+def test_a_worker_with_other_code_or_packages_refuses_and_says_which(name: str) -> None:
+    ours = versions()
+    (result,) = run_trial(known(None) | {"versions": ours | {name: "0.0.1"}})
     assert (result["event"], result["retry"], result["done"]) == ("failed", True, True)
-    assert result["node"] in result["reason"]
-    assert f"version {worker.source_fingerprint()} of this package, the launcher 0123456789abcdef" in result["reason"]
-    assert scores(list(run_trial(known(None) | {"code": worker.source_fingerprint()})))[-1]["done"]
+    assert f"{result['node']} has {name} {ours[name]} (the launcher 0.0.1); install" in result["reason"]
+    assert scores(list(run_trial(known(None) | {"versions": dict(ours)})))[-1]["done"]
 
 
 def test_every_event_says_where_it_comes_from(location: str) -> None:
@@ -423,7 +415,7 @@ def test_every_event_says_where_it_comes_from(location: str) -> None:
 
 def register() -> None:
     fsspec.register_implementation("unreachable", Unreachable, clobber=True)
-    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    fsspec.register_implementation("stubborn", Stubborn, clobber=True)
     fsspec.register_implementation("crowded", Crowded, clobber=True)
     fsspec.register_implementation("driverless", "driverless.Files", clobber=True, errtxt="Install driverless")
 
@@ -438,11 +430,53 @@ def test_the_launcher_lists_and_removes_what_trials_left(tmp_path: Path, memory:
     for study, first in (("digits-1", 0), ("digits-1", 123456), ("digits-10", 7)):
         begin(known(kept.location(study, first)), until=0.3).close()
     assert (kept.trials("digits-1"), kept.trials("digits-10")) == ([0, 123456], [7])
-    kept.remove("digits-1", 123456)
-    kept.remove("digits-1", 5)
+    kept.remove("digits-1", [123456, 5])
     assert kept.trials("digits-1") == [0]
     kept.remove_study("digits-1")
     assert (kept.trials("digits-1"), kept.trials("digits-10")) == ([], [7])
+
+
+def with_states(kept: Checkpoints, *trials: int) -> Checkpoints:
+    for first in trials:
+        begin(known(kept.location("study", first)), until=0.3).close()
+    return kept
+
+
+def test_a_sweep_removes_what_is_of_no_use_any_more(tmp_path: Path, memory: str) -> None:
+    for root in (str(tmp_path / "kept"), memory):
+        kept = with_states(Checkpoints(root), 3, 4)
+        Sweeper(kept, "study", lambda listed: [first for first in listed if first != 4]).finish()
+        assert kept.trials("study") == [4]
+
+
+def test_one_state_that_cannot_be_removed_keeps_no_other_one() -> None:
+    register()
+    kept = with_states(Checkpoints("stubborn://store"), 2, 3, 4)
+    with pytest.raises(CheckpointError, match=r"checkpoints at stubborn://.*trial-00002 cannot be removed: not yours"):
+        kept.remove("study", kept.trials("study"))
+    assert kept.trials("study") == [2]
+
+
+@pytest.mark.parametrize("hangs", ["ls", "rm"])
+def test_a_sweep_waits_for_no_store_that_hangs_and_goes_on_once_it_answers(
+    hangs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoints, "SWEEP_WITHIN_S", 0.0)
+    monkeypatch.setattr(checkpoints, "LAST_SWEEP_WITHIN_S", 0.2)
+    with hanging() as store:
+        kept = with_states(Checkpoints(URL), 3)
+        store.hangs = frozenset({hangs})
+        sweeper = Sweeper(kept, "study", lambda listed: listed)
+        for _ in range(3):
+            sweeper.finish()
+            sweeper.step()
+        assert (store.asked, store.answered) == ([hangs], []), "never more than one errand"
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert told.startswith(f"the checkpoints at {URL} do not answer")
+        store.let_go.set()
+        monkeypatch.setattr(checkpoints, "LAST_SWEEP_WITHIN_S", PATIENCE_S)
+        sweeper.finish()
+        assert kept.trials("study") == []
 
 
 def test_two_launchers_that_start_together_do_not_disturb_each_other() -> None:
@@ -486,9 +520,14 @@ def test_storage_that_cannot_be_used_is_one_line_without_a_password(
     assert words in str(caught.value)
     with pytest.raises(error):
         kept.trials("study")
-    kept.remove("study", 1)
+    with pytest.raises(error):
+        kept.remove("study", [1])
     kept.remove_study("study")
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 1
+    sweeper = Sweeper(kept, "study", lambda listed: listed)
+    for _ in range(3):
+        sweeper.finish()
+    assert len(caplog.records) == 2, "trouble that lasts is told once"
     told = f"{caught.value} {caplog.text}"
     assert "geheim" not in told
     assert "see the manual" not in told
