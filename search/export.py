@@ -25,8 +25,8 @@ _Object = dict[str, Any]
 def export_object(store: StudyStore, *, top: int = 1, trial: int | None = None) -> _Object:
     """The weights file's content: the confirmed weights, else the best ones, and the study's `top` candidates.
 
-    The best are those of the lowest mean over the confirmation's fresh seeds; what did not run there comes after them,
-    by the search's scores, which are partly luck.
+    The best are those of the lowest mean over the fresh seeds of a complete confirmation; what did not run there comes
+    after them, by the search's scores, which are partly luck.
 
     Args:
         trial: the searched trial to choose instead, which may violate a constraint: the file says so.
@@ -112,8 +112,9 @@ def _chosen_first(store: StudyStore, rows: list[Row], *, trial: int | None, conf
     best = ranked(rows, searched_only=True) if trial is not None else choosable(store.name, rows)
     chosen = None
     if confirmation is not None:
-        eligible = [arm for arm in confirmation["arms"] if not arm["missing"] and not arm["violated"]]  # best first
-        places = {arm["name"]: place for place, arm in enumerate(eligible)}
+        arms = [arm for arm in confirmation["arms"] if not arm["violated"]]  # best first
+        is_whole = not any(arm["missing"] for arm in arms)  # else who failed once would stand behind who is worse
+        places = {arm["name"]: place for place, arm in enumerate(arms)} if is_whole else {}
         best = sorted(best, key=lambda row: places.get(_name(row), len(places)))  # stable: the others stay in order
         chosen = next((row for row in best if _name(row) == confirmation["winner"]), None)
     if trial is not None:

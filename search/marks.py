@@ -130,6 +130,8 @@ class Band:
     halves: tuple[float, ...]
     value: float
     """The control's final one, as trials have theirs: the mean over as many seeds."""
+    half: float
+    """Of the band around that."""
 
     @property
     def lows(self) -> list[float]:
@@ -236,9 +238,12 @@ def band(rows: list[Row]) -> Band | None:
     known = {step: floor for step, floor in floors.items() if floor is not None}
     if row is None or row.value is None or not known:
         return None
+    num_seeds = max((len(other.seeds) for other in rows if other.is_search), default=1)
+    width = _BAND_SDS * math.sqrt(2)
+    halves = tuple(width * floor.beside(row, num_seeds=1).sd for floor in known.values())
     return Band(
-        name=name_of(row), steps=tuple(known), scores=tuple(row.intermediate[step] for step in known), value=row.value,
-        halves=tuple(_BAND_SDS * math.sqrt(2) * floor.beside(row, num_seeds=1).sd for floor in known.values()),
+        name=name_of(row), steps=tuple(known), scores=tuple(row.intermediate[step] for step in known), halves=halves,
+        value=row.value, half=width * known[max(known)].beside(row, num_seeds).sd,
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def _draw_line_of_values(axes: Any, rows: list[Row], drawn: list[Point]) -> None
     handles = _handles(drawn)
     if noise is not None:
         color, label = colors[noise.name], f"{noise.name}, {BAND}"
-        low, high = noise.value - noise.halves[-1], noise.value + noise.halves[-1]
+        low, high = noise.value - noise.half, noise.value + noise.half
         axes.axhspan(low, high, color=color, alpha=0.16, linewidth=0)
         handles.append(axes.axhline(noise.value, color=color, linestyle="--", label=label))
     for p in drawn:

@@ -142,6 +142,9 @@ class Conductor:
 
     def _store_result(self, tune_id: str, running: _Running, result: dict[str, Any]) -> str:
         claim = running.claim
+        if result["event"] == "unlike":  # no fault of the trial's, which is given back with the others
+            self.fatal = result["reason"]
+            return str(TrialScheduler.STOP)
         if result["event"] == "failed":
             retry = result.get("retry", False)
             self._fail(tune_id, result["reason"], retry=retry, detail=result.get("detail"))

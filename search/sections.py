@@ -225,8 +225,11 @@ class ComparisonSection(Section):
                 for key in ("weights", "settings", "is_trained", "schedule", "rule")
             ):
                 raise BadValue(f"it has other weights or settings called {arm.name}")
-        confirmed = {arm.name: arm.confirmed_value for arm in wanted.arms}  # those of one confirmation, never of two
-        arms = tuple(arm.model_copy(update={"confirmed_value": confirmed.get(arm.name)}) for arm in self.arms)
+        confirmed = {arm.name: arm.confirmed_value for arm in wanted.arms}
+        if all(confirmed.get(arm.name, arm.confirmed_value) == arm.confirmed_value for arm in self.arms):
+            arms = self.arms
+        else:  # a confirmation that has gone on since: means over other seeds are not beside these
+            arms = tuple(arm.model_copy(update={"confirmed_value": confirmed.get(arm.name)}) for arm in self.arms)
         new_arms = tuple(arm for arm in wanted.arms if arm.name not in known)
         seeds = (*self.seeds, *(seed for seed in wanted.seeds if seed not in self.seeds))
         widened = self.widened + bool(new_arms or len(seeds) > len(self.seeds))

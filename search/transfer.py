@@ -26,19 +26,18 @@ class SourceWorth:
 
 def source_worth(arms: Sequence[ArmResult]) -> SourceWorth:
     """Confirmed means if all weightings that the source knows have one, else the search's scores of all."""
-    known = {arm.name: arm.arm for arm in arms if arm.arm.source_value is not None}
-    confirmed = {name: arm.confirmed_value for name, arm in known.items() if arm.confirmed_value is not None}
-    if known and len(confirmed) == len(known):
-        return SourceWorth(confirmed, is_confirmed=True)
-    searched = {name: arm.source_value for name, arm in known.items() if arm.source_value is not None}
+    searched = {arm.name: arm.arm.source_value for arm in arms if arm.arm.source_value is not None}
+    confirmed = {(arm.name, arm.arm.confirmed_value) for arm in arms if arm.name in searched}
+    means = {name: value for name, value in confirmed if value is not None}
+    if means and len(means) == len(confirmed):  # one for each
+        return SourceWorth({name: means[name] for name in searched}, is_confirmed=True)
     return SourceWorth(searched, is_confirmed=False)
 
 
-def correlation(arms: Sequence[ArmResult]) -> Correlation | None:
+def correlation(worth: SourceWorth, arms: Sequence[ArmResult]) -> Correlation | None:
     """Of what weightings were worth at the source with their means here, those with all seeds; None of too few."""
-    worth = source_worth(arms).values
-    ended = [arm for arm in arms if arm.name in worth and arm.mean.count and not arm.missing]
-    return rank_correlation([worth[arm.name] for arm in ended], [arm.mean.mean for arm in ended])
+    ended = [arm for arm in arms if arm.name in worth.values and arm.mean.count and not arm.missing]
+    return rank_correlation([worth.values[arm.name] for arm in ended], [arm.mean.mean for arm in ended])
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,15 @@ def transfer_tables(compared: Sequence[Comparison]) -> list[TransferTable]:
 
 def _table_of(target: str, source: str, comparisons: dict[int, Comparison]) -> TransferTable:
     first = next(iter(comparisons.values()))
+    worth = source_worth([arm for item in comparisons.values() for arm in item.arms])
     return TransferTable(
         target=target,
         source=source,
         metric=first.study.metric,
         baseline=first.baseline or "",
         comparisons=comparisons,
-        worth=source_worth([arm for item in comparisons.values() for arm in item.arms]),
-        correlations={nfe: correlation(item.arms) for nfe, item in comparisons.items()},
+        worth=worth,
+        correlations={nfe: correlation(worth, item.arms) for nfe, item in comparisons.items()},
     )
 
 

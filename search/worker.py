@@ -74,7 +74,7 @@ def _results(description: dict[str, Any], node: str) -> Generator[dict[str, Any]
     expected = description.get("versions")
     if expected is not None and (different := differences(versions(), expected, whose="the launcher")):
         reason = f"{node} has {different}; install the same code and packages on all nodes, and restart Ray there"
-        yield {"event": "failed", "reason": reason, "retry": True, "done": True}
+        yield {"event": "unlike", "reason": reason, "done": True}
         return
     try:
         method = _METHOD.validate_python(description["method"])

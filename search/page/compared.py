@@ -182,7 +182,7 @@ def _target(found: Comparison) -> str:
 
 
 def _correlation(found: Comparison) -> str:
-    rho = correlation(found.arms)
+    rho = correlation(source_worth(found.arms), found.arms)
     if rho is None:
         return "too few weightings with a value in both for a rank correlation."
     return f"rank correlation {rho.rho:.2f} (95 % interval {rho.low:.2f} to {rho.high:.2f}, {rho.count} weightings)."

@@ -14,8 +14,9 @@ from search.statistics import Interval
 NOTHING = "Nothing has run to its end yet: `bdense-weights launch --study {name}` runs the study."
 """What to say where there is no trial to show."""
 OF_BAND = (
-    "The band lies around the best control: two standard deviations of a difference of two weightings on one training "
-    "seed to either side, pooled over the controls. By its one run, what is within cannot be told from that control."
+    "The band lies around the best control: two standard deviations of a difference of two weightings on the same "
+    "training seeds to either side, pooled over the controls; at the end with what the evaluation seed does to each. "
+    "What is within cannot be told from that control by these runs."
 )
 """What the noise band in a picture says."""
 _NUMBER = re.compile(r"[-+]?\d[\de.+-]*( \(.*\))?")

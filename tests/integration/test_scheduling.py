@@ -130,3 +130,20 @@ def test_a_trial_that_loses_its_lease_before_it_has_begun_is_stopped_at_once(dat
     assert places.killed == ["first"] and conductor.fatal is None
     assert conductor.give_back_all() == 0, "it is none of ours"
     assert store.rows()[number].owner == "b|elsewhere|1|1"
+
+
+def test_a_worker_with_other_packages_trains_nothing_and_costs_the_trial_no_attempt(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A trial may start on a node that has just joined, before the node is asked what it has."""
+    store = opened(database_url, synthetic("budget.trials=1"))
+    conductor = conductor_of(store, Room(), tmp_path)
+    asked = conductor.next("first")
+    assert isinstance(asked, dict)
+    trial = asked["trial"]
+    trial["versions"] = trial["versions"] | {"torch": "0.0"}
+    (result,) = run_trial(trial)
+    conductor.on_result("first", flatten_dict(result))
+    assert conductor.fatal is not None and "(the launcher 0.0); install the same code and packages" in conductor.fatal
+    assert conductor.give_back_all() == 1
+    assert {(row.state, row.retry_of) for row in store.rows()} == {("WAITING", None)}

@@ -227,6 +227,9 @@ def test_the_band_is_the_best_controls_run_and_two_deviations_of_a_difference_on
     half = 2 * stdev((4.0 - 9.0, 4.2 - 9.1, 4.4 - 9.2))  # a difference on one seed has √2 of a run's noise in it
     assert (found.name, found.steps, found.scores, found.value) == ("uniform", (2,), (4.0,), rows[0].value)
     assert found.lows + found.highs == pytest.approx((4.0 - half, 4.0 + half))
+    assert found.half == pytest.approx(half)
+    on_four = marks.band([*rows[:2], row(2, 1.0, seeds=(0, 1, 2, 3))])
+    assert on_four is not None and (on_four.half, on_four.halves) == (pytest.approx(half / 2), found.halves)
     assert marks.band([control(0, (4.0,)), row(2, 1.0)]) is None
 
 

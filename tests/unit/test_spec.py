@@ -198,6 +198,7 @@ def test_a_comparison_counts_how_often_it_was_widened_and_keeps_values_of_one_co
 
     first = comparison("x", "y", confirmed=1.0)
     assert first.joined(comparison("x", seeds=1, confirmed=1.0)).widened == 0
+    assert first.joined(comparison("x", confirmed=1.0)) == first, "asking for less takes nothing away"
     more = first.joined(comparison("x", "z", confirmed=2.0)).joined(comparison("x", "z", seeds=3, confirmed=2.0))
     assert (more.widened, more.seeds) == (2, (0, 1, 2))
     assert {arm.name: arm.confirmed_value for arm in more.arms} == {"x": 2.0, "y": None, "z": 2.0}
