@@ -117,7 +117,7 @@ class Comparison:
         return next((arm.name for arm in (*plain, *controls)), None)
 
 
-def noise_line(comparison: Comparison) -> str:
+def noise_on_seeds(comparison: Comparison) -> str:
     """How much the controls' runs scatter on these seeds, whose evaluation noise they have as well."""
     arms = [arm for arm in comparison.arms if arm.is_control and arm.arm.is_trained and not arm.missing]
     by_seed = [[arm.by_seed[seed] for seed in comparison.seeds] for arm in arms]
@@ -387,7 +387,7 @@ def table(comparison: Comparison) -> Table:
     shown.caption = (
         f"mean over {len(comparison.seeds)} fresh seeds; gain: control - weighting on the same seeds, positive is "
         f"better; below them {LEVEL:.0%} intervals, two-sided, each for itself. p: of being no better than some "
-        f"control, corrected for the number of candidates (docs/noise.md)\n{noise_line(comparison)}"
+        f"control, corrected for the number of candidates (docs/noise.md)\n{noise_on_seeds(comparison)}"
     )
     settings = ["settings"] if any(arm.arm.settings for arm in comparison.arms) else []
     gains = [f"gain over\n{name}" for name in controls]

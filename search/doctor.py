@@ -1,7 +1,6 @@
 """What a machine has, and what is wrong with it."""
 
 import importlib
-import platform
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from bdense_core import assets
 from bdense_core.errors import BDenseError
 from bdense_core.integrity import check_cache, check_file
 from search.settings import Settings, mask
-from search.version import PACKAGES, code_version, package_version
+from search.version import code_version, package_version, packages
 
 
 def examine(settings: Settings) -> dict[str, Any]:
@@ -27,11 +26,7 @@ def examine(settings: Settings) -> dict[str, Any]:
         "gpus": _gpus(problems),
         "fid": _clean_fid(settings),
         "models": _models(settings),
-        "versions": {
-            "bdense-search": code_version(),
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in PACKAGES},
-        },
+        "versions": packages() | {"bdense-search": code_version()},
         "problems": problems,
     }
 

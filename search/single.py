@@ -21,7 +21,7 @@ from search.progress import Meter
 from search.sections import Arm
 from search.settings import Settings
 from search.spec import Study, identity_of
-from search.version import PACKAGES, code_version, package_version
+from search.version import code_version, packages
 
 _OURS = {"student.safetensors", "samples.png", "result.json", "snapshots"}
 _SHOWN = 64
@@ -83,7 +83,7 @@ def distill(
         "device": task.device,
         "last_session_s": round(time.monotonic() - begin, 1),
         "code_version": code_version(),
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "packages": packages(),
         "asked": asked,
     }
     draw_samples(task.output, output / "samples.png", count=_SHOWN, seed=study.evaluation.seed, device=task.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from search.comparison import ArmResult, Comparison, noise_line, to_dict
+from search.comparison import ArmResult, Comparison, noise_on_seeds, to_dict
 from search.statistics import Correlation, Interval, rank_correlation
 
 
@@ -51,7 +51,7 @@ class TransferTable:
     """The control that gains are over: the primary loss term alone, where that is one, else the target's first."""
     comparisons: dict[int, Comparison]
     """By NFE, rising."""
-    worth: "SourceWorth"
+    worth: SourceWorth
     correlations: dict[int, Correlation | None]
     """How far their worth at the source orders the weightings as the target does, by NFE; None of too few."""
 
@@ -144,7 +144,7 @@ def _caption(found: TransferTable) -> str:
         "means over " + ", ".join(f"{count} seeds at NFE {nfe}" for nfe, count in seeds.items())
         + "; gain: control - weighting on the same seeds, positive is better, 95 % intervals, each for itself",
     ]  # fmt: skip
-    lines += [f"NFE {nfe}: {noise_line(item)}" for nfe, item in found.comparisons.items()]
+    lines += [f"NFE {nfe}: {noise_on_seeds(item)}" for nfe, item in found.comparisons.items()]
     for nfe, of in found.correlations.items():
         what = "not known of fewer than 4 weightings" if of is None else _in_words(of)
         lines.append(f"rank correlation of {found.source} with {found.target} at NFE {nfe}: {what}")

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import bdense_core
 
-NUMERIC = ("torch", "numpy", "clean-fid")
-"""Packages that a result may depend on in its last digits."""
-PACKAGES = ("torch", "numpy", "optuna", "optuna-dashboard", "sqlalchemy", "psycopg2-binary", "ray", "clean-fid")
-_COMPARED = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "pillow", "clean-fid", "ray")
-"""What trials' results depend on, and Ray, which hands them over."""
+NUMERIC = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "pillow", "clean-fid")
+"""Packages that a result may depend on, if only in its last digits."""
+PACKAGES = (*NUMERIC, "ray", "optuna", "optuna-dashboard", "sqlalchemy", "psycopg2-binary")
 _CODE = "bdense-search"
 
 
@@ -53,7 +51,7 @@ def versions() -> dict[str, str]:
 
 def version_reader() -> Callable[[], dict[str, str]]:
     """What `versions` calls. A nested function travels by value, so it reaches nodes that do not have this package."""
-    packages, code = _COMPARED, _CODE
+    packages, code = (*NUMERIC, "ray"), _CODE  # Ray hands trials over
 
     def read() -> dict[str, str]:
         import platform

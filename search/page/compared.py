@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from search import marks, plots
-from search.comparison import ArmResult, Comparison, noise_line
+from search.comparison import ArmResult, Comparison, noise_on_seeds
 from search.labels import settings_text
 from search.noise import ranked, verdict
 from search.page.evidence import Compared, Evidence, target_of
@@ -106,7 +106,7 @@ def _arms_table(found: Comparison, source: str) -> Table:
 
 
 def _noise(found: Comparison) -> str:
-    line = noise_line(found)
+    line = noise_on_seeds(found)
     return f"{line[:1].upper()}{line[1:]}."
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from scipy import stats
 
 from bdense_core.errors import BadValue
-from search.comparison import Comparison, are_equal, compare, further_table, noise_line, table, to_dict
+from search.comparison import Comparison, are_equal, compare, further_table, noise_on_seeds, table, to_dict
 from search.errors import UnlikeProtocols
 from search.records import ARM, Row
 from search.scores import Scores
@@ -391,7 +391,7 @@ def test_the_tables_tell_the_noise_of_the_controls_on_their_seeds() -> None:
     beside = (values[0] - values[1]).std(ddof=1) / math.sqrt(2)
     parts = f"sd of one run {alone:.2g}", f"beside others on its seed {beside:.2g} (df 4)"
     line = "noise on these seeds, of 2 control(s): " + ", ".join(parts)
-    assert noise_line(found) == line
+    assert noise_on_seeds(found) == line
     assert line in " ".join(shown(found).split())
 
 
